@@ -1,0 +1,1 @@
+"""The mathematics: schedules, predictions, denoisers, guidance, samplers, losses. Torch and numpy alone."""

@@ -1,0 +1,1 @@
+"""The peers' checkpoints in, the ecosystem's formats out."""

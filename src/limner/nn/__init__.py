@@ -1,0 +1,1 @@
+"""The networks: layers, attention, U-Net, classifier, autoencoder, conditioners. Torch alone; no diffusion here."""
