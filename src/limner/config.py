@@ -126,7 +126,6 @@ class UNetConfig(Section):
     norm_groups: PositiveInt = 32
     norm_eps: float = 1e-5
     transformer_norm_eps: float = 1e-6
-    transformer_linear: bool = Field(False, description="linear instead of 1x1 convolutions around a transformer")
     dropout: Fraction = 0.0
     gradient_checkpointing: bool = False
 
@@ -137,7 +136,7 @@ class ClassifierConfig(Section):
     kind: Literal["classifier"] = "classifier"
     levels: tuple[Level, ...] = Field(min_length=1)
     patch: PositiveInt = 1
-    pool: Literal["attention", "adaptive", "spatial"] = "attention"
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
     modulation: Literal["scale_shift", "add"] = "scale_shift"
     resample: Literal["block", "conv", "pool"] = "block"
     middle: Literal["attention", "none"] = "attention"

@@ -1,0 +1,125 @@
+"""The bricks of every network: group norm, time embedding, resampling, the residual block.
+
+Blocks share one signature, `forward(x, emb, tokens, token_mask)`, so that a network is a plain list of them.
+Shapes: x (B, C, H, W); emb (B, E), already through SiLU; tokens (B, L, D); token_mask (B, L) bool.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Modulation = Literal["scale_shift", "add"]
+Resample = Literal["down", "up"]
+M = TypeVar("M", bound=nn.Module)
+
+
+def zeroed(module: M) -> M:
+    """The module with all its parameters at zero: a residual branch that starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm; where `groups` doesn't divide `channels`, the largest number of groups that divides both."""
+
+    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5) -> None:
+        super().__init__(math.gcd(groups, channels), channels, eps=eps)
+
+
+def sinusoids(time: Tensor, channels: int, order: Literal["cos_sin", "sin_cos"] = "cos_sin",
+              max_period: float = 10_000.0) -> Tensor:  # fmt: skip
+    """Sinusoidal embedding (B, channels) of time (B,) (Vaswani et al. 2017, section 3.5; Ho et al. 2020)."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=time.device) / half)
+    angles = time.float()[:, None] * frequencies
+    waves = [angles.cos(), angles.sin()] if order == "cos_sin" else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(waves, dim=1), (0, channels % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of `scale` x time through a two-layer network: (B,) -> (B, emb_channels), before the last SiLU."""
+
+    def __init__(self, channels: int, emb_channels: int, order: Literal["cos_sin", "sin_cos"], scale: float) -> None:
+        super().__init__()
+        self.channels, self.order, self.scale = channels, order, scale
+        self.linear1 = nn.Linear(channels, emb_channels)
+        self.linear2 = nn.Linear(emb_channels, emb_channels)
+
+    def forward(self, time: Tensor) -> Tensor:
+        waves = sinusoids(time.float() * self.scale, self.channels, self.order)
+        return self.linear2(F.silu(self.linear1(waves.to(self.linear1.weight.dtype))))
+
+
+class Downsample(nn.Module):
+    """Halves the picture: a strided convolution, or a mean where `convolve` is False.
+
+    `asymmetric` pads right and below only, as CompVis' autoencoders do.
+    """
+
+    def __init__(self, channels: int, convolve: bool = True, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.pad = (0, 1, 0, 1) if asymmetric else None
+        self.conv = nn.Conv2d(channels, channels, 3, 2, 0 if asymmetric else 1) if convolve else None
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, tokens: Tensor | None = None,
+                token_mask: Tensor | None = None) -> Tensor:  # fmt: skip
+        if self.conv is None:
+            return F.avg_pool2d(x, 2)
+        return self.conv(x if self.pad is None else F.pad(x, self.pad))
+
+
+class Upsample(nn.Module):
+    """Doubles the picture by repetition, then a convolution where `convolve` is True."""
+
+    def __init__(self, channels: int, convolve: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else None
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, tokens: Tensor | None = None,
+                token_mask: Tensor | None = None) -> Tensor:  # fmt: skip
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block with adaptive group norm (Dhariwal & Nichol 2021, section 3.1):
+
+        AdaGN(h, y) = y_s GroupNorm(h) + y_b,   (y_s - 1, y_b) = Linear(SiLU(emb))
+
+    `modulation="add"` adds the projected embedding before the norm instead (Ho et al. 2020). `emb_channels=None`
+    makes a block without an embedding (autoencoders). `resample` halves or doubles the picture inside the block
+    (BigGAN; Brock et al. 2019).
+    """
+
+    def __init__(self, channels: int, out_channels: int, emb_channels: int | None = None, *,
+                 modulation: Modulation = "scale_shift", resample: Resample | None = None, dropout: float = 0.0,
+                 groups: int = 32, eps: float = 1e-5) -> None:  # fmt: skip
+        super().__init__()
+        self.norm1 = GroupNorm(channels, groups, eps)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.adaptive = modulation == "scale_shift"
+        self.emb = nn.Linear(emb_channels, out_channels * (1 + self.adaptive)) if emb_channels else None
+        self.norm2 = GroupNorm(out_channels, groups, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        resamplers = {"down": Downsample, "up": Upsample}
+        self.resample = resamplers[resample](channels, convolve=False) if resample else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, tokens: Tensor | None = None,
+                token_mask: Tensor | None = None) -> Tensor:  # fmt: skip
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        if self.emb is None:
+            h = self.norm2(h)
+        elif self.adaptive:
+            scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + self.emb(emb)[:, :, None, None])
+        return self.skip(self.resample(x)) + self.conv2(self.dropout(F.silu(h)))
