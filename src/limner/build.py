@@ -1,0 +1,140 @@
+"""From a recipe to objects: the only place where a `kind` meets a class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from limner import config as c
+from limner.core import schedule as schedules
+from limner.core.denoiser import network_denoiser
+from limner.core.types import Denoise
+from limner.errors import LimnerError
+from limner.nn.classifier import NoisyClassifier
+from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
+from limner.nn.unet import Level, UNet
+
+SCHEDULES = {
+    "linear": schedules.LinearSchedule,
+    "scaled_linear": schedules.ScaledLinearSchedule,
+    "discrete_cosine": schedules.DiscreteCosineSchedule,
+    "cosine": schedules.CosineSchedule,
+    "rectified_flow": schedules.RectifiedFlowSchedule,
+}
+
+
+class Model(nn.Module):
+    """What a run's `model.safetensors` holds: the network, its conditioner, and the autoencoder of its latents."""
+
+    def __init__(self, network: nn.Module, conditioner: Conditioner | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.conditioner = conditioner
+
+    def raw(self, x: Tensor, time: Tensor, cond: Embedded | None = None) -> Tensor:
+        """The network's own output at x (B, C, H, W) and time (B,); `cond` None is the null condition."""
+        if cond is None:
+            cond = self.embed({}, len(x))
+        return self.network(x, time, cond.vector, cond.tokens, cond.token_mask, cond.spatial)
+
+    def embed(self, cond: Mapping[str, Any], batch: int, drop: Mapping[str, Tensor] | None = None) -> Embedded:
+        """tau(y). Raises LimnerError for a condition that this model doesn't have."""
+        if self.conditioner is None:
+            for name in cond:
+                raise LimnerError(f"condition '{name}': this model is unconditional")
+            return Embedded()
+        return self.conditioner(cond, batch, drop)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Mapping[str, Any], drop: Mapping[str, Tensor]) -> Tensor:
+        """Training's call: tau and the network in one, so that both learn from the one loss."""
+        return self.raw(x, time, self.embed(cond, len(x), drop))
+
+
+def schedule(config: c.RunConfig) -> schedules.Schedule:
+    """The noise schedule of a recipe."""
+    section = config.process.schedule
+    return SCHEDULES[section.kind](**section.model_dump(exclude={"kind"}))
+
+
+def space_shape(config: c.RunConfig) -> tuple[int, int, int]:
+    """(C, H, W) of what the network works on: the picture, or its latent."""
+    if config.data.size is None:
+        raise LimnerError("data.size: is not set; it should be [height, width]")
+    height, width = config.data.size
+    return config.data.channels, height, width
+
+
+def conditioner(config: c.RunConfig, emb_channels: int) -> Conditioner | None:
+    """tau of a recipe, or None for an unconditional model. Vectors come out `emb_channels` wide."""
+    modalities: dict[str, nn.Module] = {}
+    for section in config.conditions:
+        if isinstance(section, c.LabelCondition):
+            if not config.classes:
+                raise LimnerError("classes: a label condition needs the names of the classes; the data has none")
+            width = section.width or emb_channels
+            modalities["label"] = LabelConditioner(len(config.classes), width, enters=section.enters, null=section.null)
+    return Conditioner(modalities) if modalities else None
+
+
+def model(config: c.RunConfig) -> Model:
+    """The networks of a recipe, with fresh weights. Raises LimnerError where the parts don't fit together."""
+    channels, height, width = space_shape(config)
+    section = config.model
+    if isinstance(section, c.AutoencoderConfig):
+        raise LimnerError("task autoencoder: not a diffusion model")
+    levels = [Level(**level.model_dump()) for level in section.levels]
+    factor = section.patch * 2 ** (len(levels) - 1)
+    if height % factor or width % factor:
+        near = [max(1, math.floor(n / factor)) * factor for n in (height, width)]
+        raise LimnerError(
+            f"data.size {[height, width]}: the network halves it to 1/{factor}, so both sides should be multiples of "
+            f"{factor}, such as {near} or {[n + factor for n in near]}"
+        )
+    options = section.model_dump(exclude={"kind", "levels"})
+    if isinstance(section, c.ClassifierConfig):
+        if not config.classes:
+            raise LimnerError("classes: a classifier needs labelled data; this data has no labels")
+        return Model(NoisyClassifier(channels, len(config.classes), levels, (height, width), **options))
+    tau = conditioner(config, section.emb_channels or 4 * (section.time_channels or levels[0].channels))
+    out = channels * (2 if config.process.learned_variance else 1)
+    try:
+        return Model(UNet(channels, out, levels, token_channels=token_channels(config), **options), tau)
+    except ValueError as error:
+        raise LimnerError(f"model.levels: {error}") from None
+
+
+def token_channels(config: c.RunConfig) -> int | None:
+    """Width of the tokens that cross-attention sees, or None where no condition gives any."""
+    for section in config.conditions:
+        if isinstance(section, c.LabelCondition) and section.enters == "token":
+            return section.width
+    return None
+
+
+def denoiser(model: Model, config: c.RunConfig) -> Denoise:
+    """`denoise(x_t, t, Embedded) -> Denoised` of a diffusion model."""
+    process = config.process
+    return network_denoiser(model.raw, schedule(config), process.prediction, time_input=process.time_input,
+                            learned_variance=process.learned_variance)  # fmt: skip
+
+
+def preset_names() -> list[str]:
+    """The recipes that come with Limner."""
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A recipe by name, before it is resolved against data. Raises LimnerError with the nearest names."""
+    from limner.errors import suggest
+
+    path = _PRESETS / f"{name}.yaml"
+    if name not in preset_names():
+        raise LimnerError(f"preset '{name}': there is none such{suggest(name, preset_names())}")
+    return c.read_yaml(path)
+
+
+_PRESETS = Path(__file__).parent / "presets"
