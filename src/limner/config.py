@@ -182,10 +182,38 @@ class AutoencoderConfig(Section):
     patch: PositiveInt = 1
     middle: Literal["attention", "none"] = "attention"
     decoder_levels: tuple[Level, ...] | None = Field(None, description="another, smaller decoder; default: mirror")
+    decoder_patch: PositiveInt | None = Field(None, description="default: patch; f must stay the same")
+    decoder_middle: Literal["attention", "none"] | None = Field(None, description="default: middle")
+    z_channels: PositiveInt | None = Field(None, description="before quant_conv; default: latent_channels")
+    stem_channels: PositiveInt | None = Field(None, description="encoder's stem; default: first level's channels")
     quant_conv: bool = Field(True, description="1x1 convolutions around the latent, as CompVis has them")
+    resample: Literal["conv", "pool"] = "conv"
     norm_groups: PositiveInt = 32
     norm_eps: float = 1e-6
     dropout: Fraction = 0.0
+    gradient_checkpointing: bool = False
+
+
+class AutoencoderLoss(Section):
+    """What an autoencoder is trained for (Rombach et al. 2022, appendix G), besides its regulariser.
+
+    The adversarial stage is off by default: at small budgets it does more harm than good.
+    """
+
+    pixel: Literal["l1", "l2"] = "l1"
+    perceptual: float = Field(1.0, ge=0, description="weight of the perceptual distance; 0: none")
+    perceptual_network: Literal["efficientnet-lite0", "lpips"] = "efficientnet-lite0"
+    adversarial: float = Field(0.0, ge=0, description="weight of the patch discriminator's verdict; 0: none")
+    adversarial_from: int = Field(100_000, ge=0, description="images before the discriminator begins to learn")
+    adversarial_warmup: int = Field(20_000, ge=0, description="images over which its weight then rises from zero")
+    adaptive_max: float = Field(10.0, gt=0, description="clamp of the adaptive weight (Esser et al. 2021, eq. 7)")
+    discriminator_channels: PositiveInt = 64
+    discriminator_layers: PositiveInt = Field(3, description="halvings; a verdict sees 70 x 70 pixels at 3, 34 at 2")
+    r1: float = Field(0.0, ge=0, description="gradient penalty on real pictures (Mescheder et al. 2018, eq. 9)")
+    lecam: float = Field(0.0, ge=0, description="LeCam regularisation (Tseng et al. 2021, eq. 7)")
+    equivariance: Fraction = Field(
+        0.0, description="share of batches that decode a shrunk or turned latent to the picture shrunk or turned alike"
+    )
 
 
 # --- conditions -------------------------------------------------------------------------------------------------
@@ -346,6 +374,7 @@ class RunConfig(Section):
     conditions: tuple[ConditionConfig, ...] = ()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
+    autoencoder_loss: AutoencoderLoss = AutoencoderLoss()
     classes: tuple[str, ...] | None = Field(None, description="names of the labels, in order")
     label_smoothing: Fraction = Field(0.0, description="classifier task")
     provenance: dict[str, Any] = Field(default_factory=dict, description="where it came from; never read by the code")
