@@ -1,0 +1,216 @@
+"""A data set ready to train on: every picture decoded once into memory-mapped uint8, conditions beside it.
+
+dataset = prepare(DataConfig(source="photos", size=(64, 64)), wants={"label"})
+batch = dataset.batch(dataset.train[:16], np.random.default_rng(0))     # image, label
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from limner.config import DataConfig
+from limner.data.pixels import Pixels, Progress, View, decode_all
+from limner.data.roles import find_roles, read_labels, read_texts
+from limner.data.sources import open_source
+from limner.errors import LimnerError
+
+_log = logging.getLogger(__name__)
+
+HELD_OUT_MOST = 2048
+_SPLIT_SEED = 20210511
+_SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|(anti|counter)?-?clockwise|east|west)", re.IGNORECASE)
+
+Rows = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+
+class Condition(Protocol):
+    """What is known of each row besides its picture. It is given the same `View` as the picture, so that whatever
+    lies on the picture (a semantic map, a mask, boxes) is mirrored and cropped with it."""
+
+    def take(self, rows: npt.NDArray[np.int64], view: View) -> Any:
+        """The batch of these rows as a network's conditioner wants it."""
+        ...
+
+    def mirrorable(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_] | None:
+        """Rows that stay true when the picture is mirrored; None: all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class numbers (N,); they stay true in a mirror."""
+
+    numbers: npt.NDArray[np.int64]
+    names: tuple[str, ...]
+
+    def take(self, rows: npt.NDArray[np.int64], view: View) -> torch.Tensor:
+        return torch.from_numpy(self.numbers[rows])
+
+    def mirrorable(self, rows: npt.NDArray[np.int64]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Captions; one that names a side ("a left arrow") would be false in a mirror, so its picture is never flipped."""
+
+    texts: list[str]
+
+    def __post_init__(self) -> None:
+        sided = [_SIDES.search(text) is not None for text in self.texts]
+        object.__setattr__(self, "_sideless", ~np.asarray(sided, dtype=bool))
+
+    def take(self, rows: npt.NDArray[np.int64], view: View) -> list[str]:
+        return [self.texts[row] for row in rows]
+
+    def mirrorable(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        return self._sideless[rows]  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pictures as memory-mapped uint8 and their conditions.
+
+    `train` and `held_out` are row numbers in a fixed random order that depends on the number of rows alone.
+    `digest` names the contents: pixels after resizing, labels, class names, captions.
+    """
+
+    pixels: Pixels
+    conditions: dict[str, Condition]
+    digest: str
+    train: npt.NDArray[np.int64]
+    held_out: npt.NDArray[np.int64]
+    flip: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every batch."""
+        return self.pixels.size
+
+    @property
+    def channels(self) -> int:
+        """1 grey, 3 RGB, 4 RGBA."""
+        return self.pixels.channels
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """All class numbers (N,), or None."""
+        labels = self.conditions.get("label")
+        return labels.numbers if isinstance(labels, Labels) else None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Name of each class number, or None where there are no labels."""
+        labels = self.conditions.get("label")
+        return labels.names if isinstance(labels, Labels) else None
+
+    @property
+    def texts(self) -> list[str] | None:
+        """All captions, or None."""
+        texts = self.conditions.get("text")
+        return texts.texts if isinstance(texts, Texts) else None
+
+    def batch(self, rows: Rows, generator: np.random.Generator | None = None) -> dict[str, Any]:
+        """`image` float32 (B, C, H, W) in [-1, 1], and a value by condition: `label` int64 (B,), `text` list[str].
+
+        With a generator the picture is flipped (where the recipe says so and the conditions allow) and cropped at
+        random (where the recipe says so); without, never flipped and cropped to the centre.
+        """
+        chosen = np.asarray(rows, dtype=np.int64)
+        view = self._view(chosen, generator)
+        pixels = torch.from_numpy(self.pixels.take(chosen, view)).permute(0, 3, 1, 2)
+        image = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+        return {"image": image} | {name: c.take(chosen, view) for name, c in self.conditions.items()}
+
+    def uint8(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        """The pictures (B, H, W, C), not augmented."""
+        return self.pixels.take(np.asarray(rows, dtype=np.int64), View())
+
+    def iterate(
+        self, rows: Rows | None = None, batch: int = 256
+    ) -> Iterator[tuple[npt.NDArray[np.uint8], dict[str, Any]]]:
+        """Pairs of pictures (B, H, W, C) and their conditions, batch after batch: what evaluation reads."""
+        chosen = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
+        for start in range(0, len(chosen), batch):
+            part = chosen[start : start + batch]
+            yield self.uint8(part), {name: c.take(part, View()) for name, c in self.conditions.items()}
+
+    def _view(self, rows: npt.NDArray[np.int64], generator: np.random.Generator | None) -> View:
+        if generator is None:
+            return View()
+        corner = generator.random((len(rows), 2)) if self.pixels.has_margins else None
+        if not self.flip:
+            return View(corner=corner)
+        mirror = generator.random(len(rows)) < 0.5
+        for condition in self.conditions.values():
+            allowed = condition.mirrorable(rows)
+            if allowed is not None:
+                mirror &= allowed
+        return View(mirror, corner)
+
+
+def prepare(config: DataConfig, wants: Collection[str] = (), progress: Progress | None = None) -> Dataset:
+    """Read the data set that a recipe names, decoding its pictures on the first use.
+
+    `wants`: conditions that every row must have, of "label" and "text". `progress(done, rows)` is called while
+    pictures are decoded. Raises LimnerError: nothing there, a column missing, a row without a label, a picture that
+    cannot be read (with file and row), pictures of several sizes when `config.size` is not set.
+    """
+    if config.source is None:
+        raise LimnerError("data.source is not set; it should be a folder, Parquet, WebDataset tar, or a hub name")
+    source = open_source(config.source, config.split)
+    roles = find_roles(source, config, wants)
+    if not len(source):
+        raise LimnerError(f"{config.source}: holds no pictures")
+    conditions: dict[str, Condition] = {}
+    if "label" in wants and roles.label is not None:
+        conditions["label"] = Labels(*read_labels(source, roles.label))
+    if "text" in wants and roles.text is not None:
+        conditions["text"] = Texts(read_texts(source, roles.text))
+    pixels = decode_all(source, roles.image, config, progress)
+    train, held_out = split_rows(len(pixels), config.held_out)
+    for note in source.notes:
+        _log.info("%s: %s", source.name, note)
+    return Dataset(
+        pixels=pixels,
+        conditions=conditions,
+        digest=_digest(pixels, conditions),
+        train=train,
+        held_out=held_out,
+        flip=config.flip,
+        notes=tuple(source.notes),
+    )
+
+
+def split_rows(rows: int, share: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(train, held_out) row numbers: min(share x rows, 2048) are held out, rounded up, and one row always trains."""
+    order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
+    count = min(math.ceil(share * rows - 1e-9), HELD_OUT_MOST, rows - 1)
+    return order[count:], order[:count]
+
+
+def _digest(pixels: Pixels, conditions: dict[str, Condition]) -> str:
+    digest = hashlib.blake2b(pixels.digest.encode(), digest_size=16)
+    for name, condition in sorted(conditions.items()):
+        digest.update(name.encode())
+        if isinstance(condition, Labels):
+            digest.update(json.dumps(condition.names).encode())
+            digest.update(condition.numbers.tobytes())
+        elif isinstance(condition, Texts):
+            digest.update(json.dumps(condition.texts).encode())
+    return digest.hexdigest()

@@ -1,0 +1,176 @@
+"""The pictures of a data set as one memory-mapped file of uint8, decoded once, in parallel, into the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from limner.config import DataConfig
+from limner.data import cache, transforms
+from limner.data.sources import Encoded, FileSpan, Problem, Source, refuse
+from limner.errors import LimnerError
+
+Progress = Callable[[int, int], None]
+
+T = TypeVar("T")
+
+_VERSION = 1
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class View:
+    """How the rows of a batch are seen; the same for a picture and for everything that lies on it.
+
+    `mirror`: bool (B,), left and right exchanged. `corner`: float (B, 2) in [0, 1), where between top and bottom,
+    left and right, the crop is taken. None: not mirrored; the centre.
+    """
+
+    mirror: npt.NDArray[np.bool_] | None = None
+    corner: npt.NDArray[np.float64] | None = None
+
+
+class Pixels:
+    """N pictures of uint8 in a file. `take` gathers a batch (B, H, W, C).
+
+    Pictures kept for random crops have margins on their longer side, so they vary in size and are cut one by one;
+    otherwise the file is one array (N, H, W, C).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
+        self.size: tuple[int, int] = (about["size"][0], about["size"][1])
+        self.channels: int = about["channels"]
+        self.digest: str = about["digest"]
+        self._shapes: npt.NDArray[np.int64] = np.load(directory / "shapes.npy")
+        self.has_margins = bool((self._shapes != self.size).any())
+        flat = np.memmap(directory / "pixels.u8", dtype=np.uint8, mode="r")
+        self._flat = np.asarray(flat)  # the plain view: indexing a memmap object costs more
+        lengths = self._shapes.prod(1) * self.channels
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._array = None if self.has_margins else self._flat.reshape(-1, *self.size, self.channels)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def take(self, rows: npt.NDArray[np.int64], view: View) -> npt.NDArray[np.uint8]:
+        """uint8 (B, H, W, C), a copy."""
+        batch = self._array[rows] if self._array is not None else self._cut(rows, view.corner)
+        if view.mirror is not None and view.mirror.any():
+            batch[view.mirror] = batch[view.mirror, :, ::-1]
+        return batch
+
+    def _cut(self, rows: npt.NDArray[np.int64], corner: npt.NDArray[np.float64] | None) -> npt.NDArray[np.uint8]:
+        slack = self._shapes[rows] - self.size
+        corners = slack // 2 if corner is None else np.floor(corner * (slack + 1)).astype(np.int64)
+        height, width = self.size
+        batch = np.empty((len(rows), height, width, self.channels), dtype=np.uint8)
+        for position, (row, (top, left)) in enumerate(zip(rows.tolist(), corners.tolist(), strict=True)):
+            flat = self._flat[self._starts[row] : self._starts[row + 1]]
+            whole = flat.reshape(*self._shapes[row], self.channels)
+            batch[position] = whole[top : top + height, left : left + width]
+        return batch
+
+
+def decode_all(source: Source, column: str, config: DataConfig, progress: Progress | None = None) -> Pixels:
+    """The pictures of a column, from the cache or decoded into it.
+
+    Raises LimnerError: a picture that cannot be read, with its place; pictures of several sizes with no size set.
+    """
+    settings = {
+        "version": _VERSION,
+        "source": source.fingerprint(),
+        "column": column,
+        "size": config.size,
+        "channels": config.channels,
+        "ground": transforms.colour(config.ground) if config.channels != 4 else None,
+        "margins": config.crop == "random",
+    }
+    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return Pixels(cache.entry("pixels", key, lambda directory: _build(directory, source, column, config, progress)))
+
+
+def _build(directory: Path, source: Source, column: str, config: DataConfig, progress: Progress | None) -> None:
+    ground = transforms.colour(config.ground)
+    margins = config.crop == "random"
+
+    def one(encoded: Encoded) -> npt.NDArray[np.uint8] | transforms.PictureError:
+        try:
+            image = transforms.decoded(fetch(encoded), config.size)
+            image = transforms.flattened(image, config.channels, ground)
+            return transforms.array(image if config.size is None else transforms.fitted(image, config.size, margins))
+        except transforms.PictureError as error:
+            return error
+
+    digest = hashlib.blake2b(digest_size=16)
+    shapes: list[tuple[int, ...]] = []
+    with open(directory / "pixels.u8", "wb") as file:
+        for pixels in in_parallel(one, source.pictures(column)):
+            if isinstance(pixels, transforms.PictureError):
+                refuse(Problem(source.place(len(shapes)), str(pixels)))
+                continue
+            shapes.append(pixels.shape[:2])
+            if config.size is None and shapes[-1] != shapes[0]:
+                _refuse_sizes(source, shapes)
+            digest.update(pixels.data)
+            file.write(pixels.data)
+            if progress is not None and len(shapes) % _CHUNK == 0:
+                progress(len(shapes), len(source))
+    if progress is not None:
+        progress(len(shapes), len(source))
+    np.save(directory / "shapes.npy", np.asarray(shapes, dtype=np.int64))
+    digest.update(np.asarray(shapes, dtype="<i8").tobytes())
+    about = {"size": config.size or shapes[0], "channels": config.channels, "digest": digest.hexdigest()}
+    (directory / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def fetch(encoded: Encoded) -> bytes:
+    """The bytes of an encoded picture. Raises PictureError where there are none."""
+    if encoded is None:
+        raise transforms.PictureError("has no picture")
+    if isinstance(encoded, FileSpan):
+        try:
+            return encoded.read()
+        except OSError as error:
+            raise transforms.PictureError(f"{encoded.path} cannot be read ({error.strerror or error})") from None
+    return encoded
+
+
+def in_parallel(work: Callable[[Encoded], T], pictures: Iterator[Encoded]) -> Iterator[T]:
+    """`work` on each picture, in order, on threads (Pillow decodes and resizes without the interpreter lock)."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting: deque[Future[list[T]]] = deque()
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by `transforms.opened`
+        warnings.filterwarnings("ignore", module="PIL")
+        try:
+            while chunk := list(islice(pictures, _CHUNK)):
+                waiting.append(pool.submit(lambda items: [work(item) for item in items], chunk))
+                if len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _refuse_sizes(source: Source, shapes: list[tuple[int, ...]]) -> None:
+    first, other = shapes[0], shapes[-1]
+    raise LimnerError(
+        f"{source.name}: pictures differ in size: {first[0]}x{first[1]} at {source.place(0)}, {other[0]}x{other[1]} at "
+        f"{source.place(len(shapes) - 1)}; set data.size, for example data.size={min(*first, *other)}"
+    )

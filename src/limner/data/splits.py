@@ -1,0 +1,50 @@
+"""Which split a file belongs to, by its name, and which split is read when none is asked for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+
+from limner.errors import LimnerError, suggest
+
+_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+}
+_WORD = re.compile(r"[a-z]+")
+
+
+def split_name(word: str) -> str | None:
+    """`val` -> `validation`; None for a word that names no split."""
+    return _NAMES.get(word.lower())
+
+
+def split_of(path: PurePath) -> str:
+    """The split that a file's name tells (`train-00000-of-00002.parquet`), else its folders' names, else `train`."""
+    for part in reversed(path.parts):
+        for word in _WORD.findall(part.lower()):
+            if word in _NAMES:
+                return _NAMES[word]
+    return "train"
+
+
+def choose_split(name: str, splits: tuple[str, ...], asked: str | None) -> tuple[str, list[str]]:
+    """The split to read and notes that say so. Raises LimnerError for an unknown or an ambiguous one."""
+    if asked is not None:
+        wanted = asked if asked in splits else split_name(asked)
+        if wanted not in splits:
+            raise LimnerError(f"{name}: has no split '{asked}'{suggest(asked, splits)}")
+        return str(wanted), []
+    if len(splits) == 1:
+        return splits[0], []
+    if "train" in splits:
+        rest = ", ".join(other for other in splits if other != "train")
+        return "train", [f"reading split 'train'; there is also {rest} (data.split chooses)"]
+    raise LimnerError(f"{name}: has splits {', '.join(splits)} and no 'train'; choose one with data.split")
