@@ -133,13 +133,12 @@ class Dataset:
         """
         chosen = np.asarray(rows, dtype=np.int64)
         view = self._view(chosen, generator)
-        pixels = torch.from_numpy(self.pixels.take(chosen, view)).permute(0, 3, 1, 2)
-        image = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+        image = torch.from_numpy(self.pixels.take(chosen, view)).to(torch.float32).div_(127.5).sub_(1.0)
         return {"image": image} | {name: c.take(chosen, view) for name, c in self.conditions.items()}
 
     def uint8(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """The pictures (B, H, W, C), not augmented."""
-        return self.pixels.take(np.asarray(rows, dtype=np.int64), View())
+        return self.pixels.take(np.asarray(rows, dtype=np.int64), View()).transpose(0, 2, 3, 1)
 
     def iterate(
         self, rows: Rows | None = None, batch: int = 256

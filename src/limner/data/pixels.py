@@ -44,10 +44,10 @@ class View:
 
 
 class Pixels:
-    """N pictures of uint8 in a file. `take` gathers a batch (B, H, W, C).
+    """N pictures of uint8 in a file, channels first, as networks read them. `take` gathers a batch (B, C, H, W).
 
     Pictures kept for random crops have margins on their longer side, so they vary in size and are cut one by one;
-    otherwise the file is one array (N, H, W, C).
+    otherwise the file is one array (N, C, H, W).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -61,27 +61,27 @@ class Pixels:
         self._flat = np.asarray(flat)  # the plain view: indexing a memmap object costs more
         lengths = self._shapes.prod(1) * self.channels
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
-        self._array = None if self.has_margins else self._flat.reshape(-1, *self.size, self.channels)
+        self._array = None if self.has_margins else self._flat.reshape(-1, self.channels, *self.size)
 
     def __len__(self) -> int:
         return len(self._shapes)
 
     def take(self, rows: npt.NDArray[np.int64], view: View) -> npt.NDArray[np.uint8]:
-        """uint8 (B, H, W, C), a copy."""
+        """uint8 (B, C, H, W), a copy."""
         batch = self._array[rows] if self._array is not None else self._cut(rows, view.corner)
         if view.mirror is not None and view.mirror.any():
-            batch[view.mirror] = batch[view.mirror, :, ::-1]
+            batch[view.mirror] = batch[view.mirror][..., ::-1]
         return batch
 
     def _cut(self, rows: npt.NDArray[np.int64], corner: npt.NDArray[np.float64] | None) -> npt.NDArray[np.uint8]:
         slack = self._shapes[rows] - self.size
         corners = slack // 2 if corner is None else np.floor(corner * (slack + 1)).astype(np.int64)
         height, width = self.size
-        batch = np.empty((len(rows), height, width, self.channels), dtype=np.uint8)
+        batch = np.empty((len(rows), self.channels, height, width), dtype=np.uint8)
         for position, (row, (top, left)) in enumerate(zip(rows.tolist(), corners.tolist(), strict=True)):
             flat = self._flat[self._starts[row] : self._starts[row + 1]]
-            whole = flat.reshape(*self._shapes[row], self.channels)
-            batch[position] = whole[top : top + height, left : left + width]
+            whole = flat.reshape(self.channels, *self._shapes[row])
+            batch[position] = whole[:, top : top + height, left : left + width]
         return batch
 
 
@@ -122,7 +122,7 @@ def _build(directory: Path, source: Source, column: str, config: DataConfig, pro
             if isinstance(pixels, transforms.PictureError):
                 refuse(Problem(source.place(len(shapes)), str(pixels)))
                 continue
-            shapes.append(pixels.shape[:2])
+            shapes.append(pixels.shape[1:])
             if config.size is None and shapes[-1] != shapes[0]:
                 _refuse_sizes(source, shapes)
             digest.update(pixels.data)

@@ -121,9 +121,9 @@ def fitted(image: Image.Image, size: tuple[int, int], keep_margins: bool = False
 
 
 def array(image: Image.Image) -> Pixels:
-    """uint8 (H, W, C) of a flattened picture."""
+    """uint8 (C, H, W) of a flattened picture."""
     pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
