@@ -1,0 +1,147 @@
+"""All chance in training, as a function of (seed, images seen, place in the step) and of nothing else.
+
+A step takes the same rows, flips, times and noise whether it is run in one piece, in micro-batches, or on several
+processes, and a run that is resumed takes those that it would have taken anyway. The network's own dropout alone
+depends on the process as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from limner.core.noise import initial_noise
+from limner.errors import LimnerError
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows start to stop of a step of `total` rows, which began when `images` had been seen."""
+
+    images: int
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def positions(self) -> range:
+        """Each row's number, counted from the start of the training."""
+        return range(self.images + self.start, self.images + self.stop)
+
+    def generator(self, seed: int, purpose: str) -> torch.Generator:
+        """A generator for the whole step; its draws are to be cut by `of`."""
+        return torch.Generator().manual_seed(seed_of(seed, self.images, purpose))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """These rows of a tensor drawn for the whole step."""
+        return whole[self.start : self.stop]
+
+    def noise(self, seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Standard normal noise (B, *shape), each row's by its own position."""
+        return initial_noise(seed_of(seed, 0, "noise"), self.positions, shape, device=device)
+
+
+def seed_of(seed: int, images: int, purpose: str) -> int:
+    """A 63-bit seed for one purpose at one moment."""
+    digest = hashlib.blake2b(f"{seed}/{images}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class PartGenerator(np.random.Generator):
+    """Draws for a whole step and hands out the rows of one part, so that a row's flip doesn't depend on the split."""
+
+    def __init__(self, seed: int, part: Part) -> None:
+        super().__init__(np.random.Philox(key=seed_of(seed, part.images, "augmentation")))
+        self.part = part
+
+    def random(self, size: Any = None, *args: Any, **settings: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, *rest = (size,) if isinstance(size, int) else tuple(size)
+        if rows != self.part.stop - self.part.start:
+            raise ValueError(f"a draw for {rows} rows in a part of {self.part.stop - self.part.start}")
+        return super().random((self.part.total, *rest), *args, **settings)[self.part.start : self.part.stop]
+
+
+class Source(Protocol):
+    """What the loop asks of a data set; `limner.data.dataset.Dataset` is one."""
+
+    @property
+    def train(self) -> npt.NDArray[np.int64]: ...
+
+    @property
+    def held_out(self) -> npt.NDArray[np.int64]: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def batch(self, rows: npt.NDArray[np.int64], generator: np.random.Generator | None = None) -> dict[str, Any]: ...
+
+    def uint8(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]: ...
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order in which an epoch visits its rows."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def rows_at(positions: range, rows: int, seed: int) -> npt.NDArray[np.int64]:
+    """Which of `rows` rows stand at these positions of the endless shuffled stream: each once an epoch."""
+    return np.array([epoch_order(rows, seed, p // rows)[p % rows] for p in positions], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The micro-batches of each step that belong to this process.
+
+    batch: rows of a whole step, over all processes and micro-batches. Raises LimnerError where they don't divide it.
+    """
+
+    data: Source
+    seed: int
+    batch: int
+    accumulate: int = 1
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        parts = self.accumulate * self.processes
+        if self.batch % parts:
+            raise LimnerError(
+                f"training.batch: {self.batch} should be a multiple of {parts} "
+                f"({self.accumulate} micro-batches on each of {self.processes} processes)"
+            )
+        if not len(self.data.train):
+            raise LimnerError("the data set: has no rows to train on")
+
+    def parts(self, images: int) -> list[Part]:
+        """This process's share of the step that begins at `images`."""
+        size = self.batch // (self.accumulate * self.processes)
+        first = self.process * self.accumulate * size
+        starts = range(first, first + self.accumulate * size, size)
+        return [Part(images, start, start + size, self.batch) for start in starts]
+
+    def load(self, images: int) -> list[dict[str, Any]]:
+        """The micro-batches of the step that begins at `images`; `part` in each says which rows they are."""
+        loaded = []
+        for part in self.parts(images):
+            rows = self.data.train[rows_at(part.positions, len(self.data.train), self.seed)]
+            loaded.append(self.data.batch(rows, PartGenerator(self.seed, part)) | {"part": part})
+        return loaded
+
+    def stream(self, images: int) -> Iterator[list[dict[str, Any]]]:
+        """Step after step from `images` on, without end; the next is read while the present one is in use."""
+        with ThreadPoolExecutor(1, thread_name_prefix="limner-batches") as reader:
+            coming: Future[list[dict[str, Any]]] = reader.submit(self.load, images)
+            while True:
+                images += self.batch
+                loaded, coming = coming.result(), reader.submit(self.load, images)
+                yield loaded
