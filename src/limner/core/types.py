@@ -1,7 +1,8 @@
-"""What samplers and guidance see: a denoiser, a condition, a path. Shapes: x is (B, C, H, W), float, data in [-1, 1]."""
+"""What samplers and guidance see: a denoiser, a condition, a path. x is (B, C, H, W), float, data in [-1, 1]."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,12 +18,15 @@ class Denoised:
     """What a denoiser knows of the clean image.
 
     x0: (B, C, H, W), the expected clean image given x_t.
-    variance_fraction: (B, C, H, W) in [0, 1] or None: where the step's log variance lies between log beta-tilde (0)
-        and log beta (1), Nichol & Dhariwal 2021, eq. 15. A fraction, since beta depends on the path's steps.
+    variance_fraction: (B, C, H, W) or None: where the step's log variance lies between log beta-tilde (0) and
+        log beta (1), Nichol & Dhariwal 2021, eq. 15. A fraction, since beta depends on the path's steps. Networks
+        are trained towards [0, 1] and not held to it.
+    plain: (B, C, H, W) or None: x0 as it was before guidance; guidance sets it, and what compares with it reads it.
     """
 
     x0: Tensor
     variance_fraction: Tensor | None = None
+    plain: Tensor | None = None
 
 
 class Denoise(Protocol):
@@ -38,9 +42,19 @@ class Knot(NamedTuple):
     alpha: float
     sigma: float
 
+    @property
+    def log_snr(self) -> float:
+        """lambda = 2 log(alpha / sigma); -inf for pure noise, +inf for the clean image."""
+        if self.alpha == 0:
+            return -math.inf
+        return math.inf if self.sigma == 0 else 2 * (math.log(self.alpha) - math.log(self.sigma))
+
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
 """log p(y | x_t), (x_t (B, C, H, W), t) -> (B,), differentiable in x_t; y is bound in."""
+
+Gradient = Callable[[Tensor, Tensor, Cond], Tensor]
+"""s grad log p(y | x_t) by x_t, (x_t (B, C, H, W), t, cond) -> (B, C, H, W)."""
 
 Noise = Callable[[int], Tensor]
 """Noise of sampler step k (0, 1, ...), shaped like x."""
@@ -48,10 +62,13 @@ Noise = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """What `on_step` is told after each step: 1-based index of N, the state and the predicted clean image."""
+    """What `on_step` is told after each step: 1-based index of N, the state at time t and the predicted clean image."""
 
     index: int
     total: int
     t: float
     x: Tensor
     x0: Tensor
+
+
+OnStep = Callable[[Step], None]
