@@ -350,6 +350,9 @@ class SamplingConfig(Section):
     interval: tuple[float, float] = Field((0.0, 1.0), description="guidance acts for t in this range")
     rescale: Fraction = 0.0
     clip: bool = Field(True, description="predicted x0 clipped to [-1, 1]; pixels only")
+    variance: Literal["learned", "small", "large"] | None = Field(
+        None, description="ddpm: the steps' variance; default: learned where the network has it, else small"
+    )
 
 
 class DiffusionProcess(Section):
