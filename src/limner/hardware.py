@@ -1,0 +1,39 @@
+"""What this machine offers: the device, and whether bf16 is worth it there."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def best_device() -> torch.device:
+    """CUDA where there is one, then Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def uses_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether networks run under bf16 autocast; `auto` says yes where the hardware multiplies in bf16."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and _cpu_multiplies_bf16()
+
+
+def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bf16 autocast as `uses_bf16` decides, else nothing."""
+    if not uses_bf16(precision, device):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+@lru_cache
+def _cpu_multiplies_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
