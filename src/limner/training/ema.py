@@ -1,5 +1,6 @@
 """The power-function average of the weights (Karras et al. 2024, arXiv:2312.02696, section 3.1 and appendix C)."""
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import copy

@@ -4,6 +4,7 @@ A step never asks the device for a number: clipping enters as a divisor of the g
 infinite) as a flag that leaves weights and state as they are, both as tensors.
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import math
@@ -112,7 +113,9 @@ class Optimizer:
             self._step_adamw([p for p in self._adamw if (p.ndim >= 2) == matrices and p.grad is not None],
                              self.config.lr * lr_share, decay, divisor, bad)  # fmt: skip
 
-    def _step_adamw(self, parameters: list[nn.Parameter], lr: float, decay: float, divisor: Tensor, bad: Tensor) -> None:
+    def _step_adamw(
+        self, parameters: list[nn.Parameter], lr: float, decay: float, divisor: Tensor, bad: Tensor
+    ) -> None:
         states = [self._moments[p] for p in parameters]
         beta1, beta2 = self.config.betas
         adamw(

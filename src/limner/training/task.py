@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Task(ABC):
 def band_names(name: str) -> list[str]:
     """`loss_t0.00_0.25`, ..., `loss_t0.75_1.00`."""
     edges = [band / BANDS for band in range(BANDS + 1)]
-    return [f"{name}_t{low:.2f}_{high:.2f}" for low, high in zip(edges, edges[1:], strict=False)]
+    return [f"{name}_t{low:.2f}_{high:.2f}" for low, high in itertools.pairwise(edges)]
 
 
 def by_band(name: str, values: Tensor, t: Tensor) -> dict[str, Tensor]:
