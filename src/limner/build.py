@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from limner.core import schedule as schedules
 from limner.core.denoiser import network_denoiser
 from limner.core.types import Denoise
 from limner.errors import LimnerError
+from limner.nn.autoencoder import Autoencoder
 from limner.nn.classifier import NoisyClassifier
 from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
+from limner.nn.quantizer import VectorQuantizer
 from limner.nn.unet import Level, UNet
 
 SCHEDULES = {
@@ -28,12 +29,17 @@ SCHEDULES = {
 
 
 class Model(nn.Module):
-    """What a run's `model.safetensors` holds: the network, its conditioner, and the autoencoder of its latents."""
+    """What a run's `model.safetensors` holds: the network, its conditioner, and the autoencoder of its latents.
 
-    def __init__(self, network: nn.Module, conditioner: Conditioner | None = None) -> None:
+    The autoencoder of a diffusion run is frozen; a run that trains one has nothing else.
+    """
+
+    def __init__(self, network: nn.Module, conditioner: Conditioner | None = None,
+                 autoencoder: Autoencoder | None = None) -> None:  # fmt: skip
         super().__init__()
         self.network = network
         self.conditioner = conditioner
+        self.autoencoder = autoencoder
 
     def raw(self, x: Tensor, time: Tensor, cond: Embedded | None = None) -> Tensor:
         """The network's own output at x (B, C, H, W) and time (B,); `cond` None is the null condition."""
@@ -65,7 +71,38 @@ def space_shape(config: c.RunConfig) -> tuple[int, int, int]:
     if config.data.size is None:
         raise LimnerError("data.size: is not set; it should be [height, width]")
     height, width = config.data.size
-    return config.data.channels, height, width
+    if isinstance(config.space, c.PixelSpace):
+        return config.data.channels, height, width
+    section = config.space.autoencoder
+    factor = section.patch * 2 ** (len(section.levels) - 1)
+    refuse_size("data.size", (height, width), factor, "the autoencoder")
+    return section.latent_channels, height // factor, width // factor
+
+
+def refuse_size(name: str, size: tuple[int, int], factor: int, whose: str) -> None:
+    """Raises LimnerError where `factor` doesn't divide height and width, with sizes that would do."""
+    if size[0] % factor or size[1] % factor:
+        near = [max(1, n // factor) * factor for n in size]
+        raise LimnerError(
+            f"{name} {list(size)}: {whose} shrinks it to 1/{factor}, so both sides should be multiples of {factor}, "
+            f"such as {near} or {[n + factor for n in near]}"
+        )
+
+
+def autoencoder(section: c.AutoencoderConfig, channels: int) -> Autoencoder:
+    """The autoencoder of a recipe for pictures of so many channels, with fresh weights."""
+    options = section.model_dump(exclude={"kind", "levels", "decoder_levels", "regulariser"})
+    regulariser = section.regulariser
+    quantizer = None
+    if isinstance(regulariser, c.VQConfig):
+        quantizer = VectorQuantizer(channels=section.latent_channels, **regulariser.model_dump(exclude={"kind"}))
+    decoder_levels = levels_of(section.decoder_levels) if section.decoder_levels else None
+    return Autoencoder(channels, levels_of(section.levels), quantizer=quantizer, decoder_levels=decoder_levels,
+                       **options)  # fmt: skip
+
+
+def levels_of(sections: Sequence[c.Level]) -> list[Level]:
+    return [Level(**section.model_dump()) for section in sections]
 
 
 def conditioner(config: c.RunConfig, emb_channels: int) -> Conditioner | None:
@@ -82,18 +119,14 @@ def conditioner(config: c.RunConfig, emb_channels: int) -> Conditioner | None:
 
 def model(config: c.RunConfig) -> Model:
     """The networks of a recipe, with fresh weights. Raises LimnerError where the parts don't fit together."""
-    channels, height, width = space_shape(config)
     section = config.model
     if isinstance(section, c.AutoencoderConfig):
-        raise LimnerError("task autoencoder: not a diffusion model")
-    levels = [Level(**level.model_dump()) for level in section.levels]
+        return Model(nn.Identity(), autoencoder=autoencoder(section, config.data.channels))
+    channels, height, width = space_shape(config)
+    levels = levels_of(section.levels)
     factor = section.patch * 2 ** (len(levels) - 1)
-    if height % factor or width % factor:
-        near = [max(1, math.floor(n / factor)) * factor for n in (height, width)]
-        raise LimnerError(
-            f"data.size {[height, width]}: the network halves it to 1/{factor}, so both sides should be multiples of "
-            f"{factor}, such as {near} or {[n + factor for n in near]}"
-        )
+    refuse_size("data.size" if isinstance(config.space, c.PixelSpace) else "latent size", (height, width), factor,
+                "the network")  # fmt: skip
     options = section.model_dump(exclude={"kind", "levels"})
     if isinstance(section, c.ClassifierConfig):
         if not config.classes:
@@ -101,8 +134,11 @@ def model(config: c.RunConfig) -> Model:
         return Model(NoisyClassifier(channels, len(config.classes), levels, (height, width), **options))
     tau = conditioner(config, section.emb_channels or 4 * (section.time_channels or levels[0].channels))
     out = channels * (2 if config.process.learned_variance else 1)
+    first_stage = None
+    if isinstance(config.space, c.LatentSpace):
+        first_stage = autoencoder(config.space.autoencoder, config.data.channels).freeze()
     try:
-        return Model(UNet(channels, out, levels, token_channels=token_channels(config), **options), tau)
+        return Model(UNet(channels, out, levels, token_channels=token_channels(config), **options), tau, first_stage)
     except ValueError as error:
         raise LimnerError(f"model.levels: {error}") from None
 

@@ -7,7 +7,7 @@ a concatenation at import. Shapes: x (B, C, H, W) in [-1, 1]; z (B, c, H/f, W/f)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -38,11 +38,13 @@ class Posterior:
     def std(self) -> Tensor:
         return torch.zeros_like(self.mean) if self.log_variance is None else torch.exp(0.5 * self.log_variance)
 
-    def sample(self, rng: torch.Generator | None = None) -> Tensor:
-        """One draw; the noise is drawn on the generator's device, so that it doesn't depend on the model's."""
+    def sample(self, rng: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """One draw, with standard normal `noise` where it is given; otherwise the noise is drawn on the generator's
+        device, so that it doesn't depend on the model's."""
         if self.log_variance is None:
             return self.mean
-        noise = torch.randn(self.mean.shape, generator=rng, device=rng.device if rng else self.mean.device)
+        if noise is None:
+            noise = torch.randn(self.mean.shape, generator=rng, device=rng.device if rng else self.mean.device)
         return torch.addcmul(self.mean, self.std, noise.to(self.mean))
 
     def mode(self) -> Tensor:
@@ -212,14 +214,29 @@ class Autoencoder(nn.Module):
         self.quantizer = quantizer
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
+        self._frozen = False
 
-    def forward(self, x: Tensor, rng: torch.Generator | None = None) -> Reconstruction:
-        """Encode, draw or quantise, decode: the training pass. Raises LimnerError as `encode` does."""
-        self._check_image(x)
-        posterior = self._posterior(self._moments(x))
+    def freeze(self) -> Autoencoder:
+        """For good in evaluation mode and out of training: the first stage of a diffusion model."""
+        self._frozen = True
+        return self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Autoencoder:
+        return super().train(mode and not self._frozen)
+
+    def forward(self, x: Tensor, rng: torch.Generator | None = None, noise: Tensor | None = None,
+                warp: Callable[[Tensor], Tensor] | None = None) -> Reconstruction:  # fmt: skip
+        """Encode, draw or quantise, decode: the training pass. Raises LimnerError as `encode` does.
+
+        rng: for the draw, where `noise` (B, c, h, w) isn't given, and for restarts of the codebook. warp: applied to
+        the latent before it is quantised or decoded (equivariance regularisation).
+        """
+        posterior = self.encode(x)
+        z = posterior.sample(rng, noise)
+        z = z if warp is None else warp(z)
         if self.quantizer is None:
-            return Reconstruction(self._decode(posterior.sample(rng)), posterior, None)
-        quantised = self.quantizer(posterior.mean, rng)
+            return Reconstruction(self._decode(z), posterior, None)
+        quantised = self.quantizer(z, rng)
         return Reconstruction(self._decode(quantised.z), posterior, quantised)
 
     def encode(self, x: Tensor, tile: int | None = None) -> Posterior:
