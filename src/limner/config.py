@@ -337,6 +337,7 @@ class TrainingConfig(Section):
     preview_every: PositiveInt = Field(50_000, description="images")
     previews: PositiveInt = Field(16, description="pictures a preview")
     nan_patience: PositiveInt = Field(20, description="bad steps in a row before the run stops")
+    patience: PositiveInt = Field(5, description="classifier: held-out rounds without a better one before it ends")
     trackers: tuple[str, ...] = Field((), description="tensorboard, wandb, trackio")
 
 

@@ -77,6 +77,16 @@ def by_band(name: str, values: Tensor, t: Tensor) -> dict[str, Tensor]:
     return dict(zip(band_names(name), pairs.unbind(), strict=True))
 
 
+def total(values: Tensor) -> Tensor:
+    """Sum and count of per-row `values` (B,), for `Losses.logs`."""
+    return torch.stack([values.detach().float().sum(), torch.tensor(float(len(values)), device=values.device)])
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
 class Means:
     """Averages of logs, kept on the device."""
 

@@ -1,0 +1,200 @@
+"""The two stages that learn from noised pictures: the diffusion model, and the classifier that guides it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limner import build
+from limner.config import RunConfig
+from limner.core.denoiser import network_time, per_image
+from limner.core.losses import DiffusionLoss, LossTerms, stratified_times
+from limner.errors import LimnerError
+from limner.training import preview
+from limner.training.draws import Part, Source
+from limner.training.task import Losses, Means, Task, by_band, to_device, total
+
+HELD_OUT_BATCH = 64
+HELD_OUT_SEED = 0
+CONTINUOUS_STEPS = 1000
+"""Steps of the variational bound where the schedule is continuous."""
+
+
+class DiffusionTask(Task):
+    """Learns to undo noise: x_t = alpha x0 + sigma eps, each condition left out at random by itself.
+
+    model: network and conditioner. data: where the previews' conditions come from.
+    """
+
+    def __init__(self, model: build.Model, config: RunConfig, data: Source) -> None:
+        self.model = model
+        self.config = config
+        self.modules = {"model": model}
+        self.networks = (model.network,)
+        self.hidden = hidden_weights(model)
+        self.loss = _loss(config)
+        self._preview_cond, self._captions = preview_conditions(config, data)
+
+    def losses(self, batch: Mapping[str, Any], rng: torch.Generator, progress: float) -> Losses:
+        """The (weighted, with a learned variance hybrid) loss, and the same by noise band."""
+        part: Part = batch["part"]
+        seed = self.config.training.seed
+        t = part.of(stratified_times(part.total, part.generator(seed, "times"), self.config.training.times))
+        terms = self._terms(self.model, batch, part, seed, t, self._dropped(part))
+        logs = {"loss": terms.loss.detach().mean(), **by_band("loss", terms.loss, t)}
+        if terms.vb is not None:
+            logs["vlb"] = terms.vb.detach().mean()
+        return Losses({"model": terms.loss.mean()}, logs)
+
+    def _terms(self, model: build.Model, batch: Mapping[str, Any], part: Part, seed: int, t: Tensor,
+               drop: Mapping[str, Tensor]) -> LossTerms:  # fmt: skip
+        x0 = encoded(batch, self.config)
+        eps = part.noise(seed, tuple(x0.shape[1:]), x0.device)
+        cond = {section.kind: batch[section.kind] for section in self.config.conditions}
+        return self.loss(lambda x, time, _: model(x, time, cond, drop), x0, eps, t)
+
+    def _dropped(self, part: Part) -> dict[str, Tensor]:
+        """Rows (B,) that see the null condition instead, for each condition by itself."""
+        seed = self.config.training.seed
+        return {
+            section.kind: part.of(torch.rand(part.total, generator=part.generator(seed, f"drop {section.kind}")))
+            < section.dropout
+            for section in self.config.conditions
+        }
+
+    def decode(self, samples: Tensor, model: build.Model) -> Tensor:
+        """Samples of the model's space as pictures in [-1, 1]."""
+        return samples
+
+    def held_out(self, average: nn.Module, data: Source) -> dict[str, float]:
+        """`held_out_loss`, and the same by noise band; the same rows, times and noise each time, nothing dropped."""
+        assert isinstance(average, build.Model)
+        means = Means()
+        for batch, part, t in held_out_batches(data, average):
+            terms = self._terms(average, batch, part, HELD_OUT_SEED, t, {})
+            means.add({"held_out_loss": total(terms.loss), **by_band("held_out_loss", terms.loss, t)})
+        return means.read()
+
+    def preview(self, average: nn.Module) -> tuple[npt.NDArray[np.uint8], list[str]]:
+        """Samples of the averaged model by the recipe's sampling defaults."""
+        assert isinstance(average, build.Model)
+        samples = preview.sample(average, self.config, self._preview_cond, len(self._captions))
+        return preview.to_uint8(self.decode(samples, average)), self._captions
+
+
+class ClassifierTask(Task):
+    """Learns p(y | x_t, t) of noised pictures (Dhariwal & Nichol 2021, section 4.1); the noise is that of the diffusion
+    run which it is to guide, by the same schedule."""
+
+    best_is = "held_out_loss"
+
+    def __init__(self, model: build.Model, config: RunConfig) -> None:
+        if not config.classes:
+            raise LimnerError("classes: a classifier needs labelled data; this data has no labels")
+        self.model = model
+        self.config = config
+        self.modules = {"model": model}
+        self.networks = (model.network,)
+        self.hidden = hidden_weights(model)
+        self.patience = config.training.patience
+        self.schedule = build.schedule(config)
+
+    def losses(self, batch: Mapping[str, Any], rng: torch.Generator, progress: float) -> Losses:
+        """Cross-entropy with label smoothing; accuracy and loss by noise band."""
+        part: Part = batch["part"]
+        seed, times = self.config.training.seed, self.config.training.times
+        t = part.of(stratified_times(part.total, part.generator(seed, "times"), times))
+        loss, logs = self._terms(self.model, batch, part, seed, t, self.config.label_smoothing)
+        return Losses({"model": loss.mean()}, {"loss": total(loss), **logs, **by_band("loss", loss, t)})
+
+    def _terms(self, model: build.Model, batch: Mapping[str, Any], part: Part, seed: int, t: Tensor,
+               smoothing: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Cross-entropy (B,), and the sums and counts of right answers."""
+        x0 = encoded(batch, self.config)
+        eps = part.noise(seed, tuple(x0.shape[1:]), x0.device)
+        x_t = per_image(self.schedule.alpha(t), x0) * x0 + per_image(self.schedule.sigma(t), x0) * eps
+        time = network_time(t, len(x0), self.schedule, self.config.process.time_input).to(x0.device)
+        logits, label = model.network(x_t, time).float(), batch["label"]
+        loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)
+        ranks = (logits > logits.gather(1, label[:, None])).sum(1)
+        logs = {}
+        for name, within in (("accuracy", 1), ("accuracy_top5", 5)):
+            if within < logits.shape[1]:
+                right = (ranks < within).float()
+                logs |= {name: total(right), **by_band(name, right, t)}
+        return loss, logs
+
+    def held_out(self, average: nn.Module, data: Source) -> dict[str, float]:
+        """`held_out_loss` without label smoothing, and accuracies, overall and by noise band."""
+        assert isinstance(average, build.Model)
+        means = Means()
+        for batch, part, t in held_out_batches(data, average):
+            loss, logs = self._terms(average, batch, part, HELD_OUT_SEED, t, 0.0)
+            means.add({"loss": total(loss), **by_band("loss", loss, t), **logs})
+        return {f"held_out_{name}": value for name, value in means.read().items()}
+
+    def preview(self, average: nn.Module) -> tuple[npt.NDArray[np.uint8], list[str]]:
+        """None: a classifier draws nothing."""
+        return np.empty((0, 1, 1, 1), np.uint8), []
+
+
+def encoded(batch: Mapping[str, Any], config: RunConfig) -> Tensor:
+    """What the network works on, (B, C, H, W): the picture, or the latent that the batch holds."""
+    x0: Tensor = batch["latent"] if config.space.kind == "latent" else batch["image"]
+    return x0.contiguous(memory_format=torch.channels_last)
+
+
+def held_out_batches(data: Source, module: nn.Module) -> Iterator[tuple[dict[str, Any], Part, Tensor]]:
+    """Batches of the held-out rows on the module's device, and the times of their rows, spread evenly over all."""
+    device = next(module.parameters()).device
+    rows = data.held_out
+    whole = Part(0, 0, len(rows), len(rows))
+    t = stratified_times(len(rows), whole.generator(HELD_OUT_SEED, "held out"))
+    for start in range(0, len(rows), HELD_OUT_BATCH):
+        part = Part(0, start, min(start + HELD_OUT_BATCH, len(rows)), len(rows))
+        yield to_device(data.batch(rows[part.start : part.stop]), device), part, part.of(t)
+
+
+def hidden_weights(model: build.Model) -> list[str]:
+    """The matrices and kernels between the network's stem and its last layer, which Muon may train."""
+    return [
+        f"network.{name}"
+        for name, parameter in model.network.named_parameters()
+        if parameter.ndim >= 2 and name.split(".")[0] in ("down", "middle", "up")
+    ]
+
+
+def preview_conditions(config: RunConfig, data: Source) -> tuple[dict[str, Any], list[str]]:
+    """What the previews are asked for, and their captions: labels in rotation, or the conditions of the first
+    held-out rows."""
+    count, kinds = config.training.previews, [section.kind for section in config.conditions]
+    if kinds == ["label"]:
+        names = config.classes or ()
+        labels = [number % len(names) for number in range(count)]
+        return {"label": torch.tensor(labels)}, [names[label] for label in labels]
+    if not kinds:
+        return {}, [""] * count
+    batch = data.batch(np.concatenate([data.held_out, data.train])[:count])
+    cond = {kind: batch[kind] for kind in kinds}
+    return cond, list(cond["text"]) if "text" in cond else [""] * len(batch["image"])
+
+
+def _loss(config: RunConfig) -> DiffusionLoss:
+    process, schedule = config.process, build.schedule(config)
+    steps = schedule.steps or CONTINUOUS_STEPS
+    return DiffusionLoss(
+        schedule,
+        process.prediction,
+        process.weighting.kind,
+        process.weighting.gamma,
+        process.weighting.bias,
+        process.time_input,
+        schedule.path(steps, "trailing") if process.learned_variance else None,
+        process.vlb_weight,
+    )
