@@ -24,10 +24,11 @@ from limner.core.denoiser import (
 from limner.core.path import Path
 from limner.core.prediction import PredictionKind, Weighting, target, to_x0, weight
 from limner.core.schedule import Schedule
-from limner.core.types import Denoised
+from limner.core.types import Cond, Denoise, Denoised, Noise
 from limner.errors import LimnerError, suggest
 
 Times = Literal["uniform", "logit_normal"]
+Decoder = Literal["exact", "tanh"]
 
 
 def stratified_times(
@@ -67,6 +68,7 @@ class DiffusionLoss:
         All T steps: `schedule.path(T, "trailing")`.
     vlb_weight: lambda. The bound's term of one step stands for all N steps of the path: it enters as lambda N term.
         guided-diffusion's RESCALED_MSE is lambda = 0.001, its MSE (rescale_learned_sigmas off) is lambda = 1 / N.
+    decoder: see `discretised_gaussian`.
     """
 
     schedule: Schedule
@@ -77,14 +79,14 @@ class DiffusionLoss:
     time_input: TimeInput = "continuous"
     path: Path | None = None
     vlb_weight: float = 0.001
+    decoder: Decoder = "exact"
 
     def __call__(self, network: Network, x0: Tensor, eps: Tensor, t: Tensor, cond: Any = None) -> LossTerms:
         """network: as in `network_denoiser`. x0, eps: (B, C, H, W). t: (B,) in (0, 1]."""
         index = None
         if self.path is not None:
-            knots = torch.tensor([knot.t for knot in self.path[:-1]], dtype=torch.float64)
-            index = (t.detach().to("cpu", torch.float64)[:, None] - knots).abs().argmin(dim=1)
-            t = knots[index]
+            index = self.path.index_of(t)
+            t = torch.tensor([self.path[int(k)].t for k in index], dtype=torch.float64)
         alpha, sigma = per_image(self.schedule.alpha(t), x0), per_image(self.schedule.sigma(t), x0)
         x_t = alpha * x0 + sigma * eps
         time = network_time(t, len(x0), self.schedule, self.time_input).to(x0.device)
@@ -96,19 +98,25 @@ class DiffusionLoss:
         if self.path is None or index is None:
             return LossTerms(loss, mse, None, log_snr)
         fixed = Denoised(to_x0(raw.detach().float(), x_t, alpha, sigma, self.prediction), fraction)
-        vb = self.vlb_weight * self.path.steps * vlb_term(x0, x_t, fixed, self.path, index)
+        vb = self.vlb_weight * self.path.steps * vlb_term(x0, x_t, fixed, self.path, index, decoder=self.decoder)
         return LossTerms(loss + vb, mse, vb, log_snr)
 
 
 def vlb_term(
-    x0: Tensor, x_t: Tensor, out: Denoised, path: Path, index: Tensor, variance: Variance | None = None
+    x0: Tensor,
+    x_t: Tensor,
+    out: Denoised,
+    path: Path,
+    index: Tensor,
+    variance: Variance | None = None,
+    decoder: Decoder = "exact",
 ) -> Tensor:
     """The variational bound's term of one step, in bits per dimension, (B,); Ho et al. 2020, eq. 5.
 
     index: (B,) int on the CPU: the step from path[index] to path[index + 1]. A step between noisy knots costs
     KL(q(x_s | x_t, x0) || p(x_s | x_t)); the step to the clean image costs -log p(x0 | x_t), p a Gaussian
     discretised to the 256 levels (`discretised_gaussian`).
-    variance: as `samplers.ddpm` takes it.
+    variance: as `samplers.ddpm` takes it. decoder: as `discretised_gaussian`.
     """
     steps = _StepTable.of(path)
     x_weight, x0_weight = per_image(steps.x_weight[index], x0), per_image(steps.x0_weight[index], x0)
@@ -122,7 +130,7 @@ def vlb_term(
         + (true_mean - mean) ** 2 * torch.exp(-log_variance)
         - 1
     )
-    nll = -discretised_gaussian(x0, mean, 0.5 * log_variance)
+    nll = -discretised_gaussian(x0, mean, 0.5 * log_variance, decoder)
     nats = torch.where(per_image(steps.last[index], x0) > 0, nll, kl)
     return _per_image_mean(nats) / math.log(2)
 
@@ -156,14 +164,117 @@ class _StepTable:
         return low + variance * (high - low)
 
 
-def discretised_gaussian(x0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+def discretised_gaussian(x0: Tensor, mean: Tensor, log_std: Tensor, decoder: Decoder = "exact") -> Tensor:
     """log p(x0) in nats, shaped like x0: a Gaussian's mass on the bin of an 8-bit level in [-1, 1] (2/255 wide, the
-    outermost bins open); Ho et al. 2020, eq. 13. The normal distribution function is exact, not a tanh fit."""
+    outermost bins open), at least 1e-12; Ho et al. 2020, eq. 13.
+
+    decoder: "exact", the normal distribution function; "tanh", the fit to it that guided-diffusion has, off by up to
+    3e-4, for comparison with its figures.
+    """
     upper = torch.where(x0 > 0.999, math.inf, (x0 - mean + 1 / 255) * torch.exp(-log_std))
     lower = torch.where(x0 < -0.999, -math.inf, (x0 - mean - 1 / 255) * torch.exp(-log_std))
-    side = torch.where(x0 > mean, -1.0, 1.0)  # the tail that is small, for the digits
-    mass = (torch.special.ndtr(side * upper) - torch.special.ndtr(side * lower)).abs()
+    if decoder == "tanh":
+        mass = _tanh_cdf(upper) - _tanh_cdf(lower)
+    else:
+        side = torch.where(x0 > mean, -1.0, 1.0)  # the tail that is small, for the digits
+        mass = (torch.special.ndtr(side * upper) - torch.special.ndtr(side * lower)).abs()
     return mass.clamp(min=1e-12).log()
+
+
+def _tanh_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """A bound on -log2 p(x0) per dimension, by image. total (B,) = vb.sum(dim=1) + prior.
+
+    vb: (B, N), the term of each step, noisiest first; the last is that of the discretised likelihood. prior: (B,).
+    x0_mse, eps_mse: (B, N), squared errors of the prediction at the same x_t.
+    """
+
+    total: Tensor
+    prior: Tensor
+    vb: Tensor
+    x0_mse: Tensor
+    eps_mse: Tensor
+
+
+def bits_per_dim(
+    denoise: Denoise,
+    x0: Tensor,
+    path: Path,
+    noise: Noise,
+    *,
+    cond: Cond = None,
+    variance: Variance | None = None,
+    decoder: Decoder = "exact",
+) -> BitsPerDim:
+    """The whole variational bound (Ho et al. 2020, eq. 5), estimated with one noise a step.
+
+    x0: (B, C, H, W), 8-bit images in [-1, 1]. path: all the steps of the process, `schedule.path(T, "trailing")`; the
+    bound is that of the process with the path's steps. noise(k): that of step k. denoise: clipped, as in sampling.
+    LimnerError for a path that stops short of the clean image.
+    """
+    if path[-1].sigma > 0:
+        raise LimnerError("bits per dim: the path stops short of the clean image; use spacing 'trailing'")
+    terms: list[tuple[Tensor, Tensor, Tensor]] = []
+    for k, knot in enumerate(path[:-1]):
+        eps = noise(k)
+        x_t = knot.alpha * x0 + knot.sigma * eps
+        out = denoise(x_t, torch.tensor(knot.t, dtype=torch.float64), cond)
+        vb = vlb_term(x0, x_t, out, path, torch.full((len(x0),), k), variance, decoder)
+        guess = (x_t - knot.alpha * out.x0) / knot.sigma
+        terms.append((vb, _per_image_mean((out.x0 - x0) ** 2), _per_image_mean((guess - eps) ** 2)))
+    vb, x0_mse, eps_mse = (torch.stack(column, dim=1) for column in zip(*terms, strict=True))
+    start = path[0]
+    kl = 0.5 * ((start.alpha * x0) ** 2 + start.sigma**2 - 1) - math.log(start.sigma)
+    prior = _per_image_mean(kl) / math.log(2)
+    return BitsPerDim(vb.sum(dim=1) + prior, prior, vb, x0_mse, eps_mse)
+
+
+class ImportanceTimes:
+    """Steps drawn in proportion to sqrt(E[loss^2]), Nichol & Dhariwal 2021 (2102.09672), eq. 18, for training on L_vlb.
+
+    Uniform until every step has `history` losses; after that the last `history` of each count, and a share `uniform`
+    of the probability is spread evenly. Its state is part of a checkpoint. Processes that train together should each
+    `update` with the losses of all, in one order, so that they stay equal.
+    """
+
+    def __init__(self, path: Path, history: int = 10, uniform: float = 0.001) -> None:
+        self.path, self.uniform = path, uniform
+        self.losses = torch.full((path.steps, history), math.nan, dtype=torch.float64)
+
+    def probabilities(self) -> Tensor:
+        """(N,), by the knots of the path."""
+        steps = self.path.steps
+        if bool(self.losses.isnan().any()):
+            return torch.full((steps,), 1 / steps, dtype=torch.float64)
+        moment = (self.losses**2).mean(dim=1).sqrt()
+        return (1 - self.uniform) * moment / moment.sum() + self.uniform / steps
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """n times t and the weights, 1 / (N p), that keep the mean loss unbiased: (n,) float64 each, on the CPU."""
+        p = self.probabilities()
+        index = torch.multinomial(p, n, replacement=True, generator=generator)
+        return torch.tensor([self.path[int(k)].t for k in index], dtype=torch.float64), 1 / (self.path.steps * p[index])
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """The unweighted losses (n,) at times t (n,) that `draw` gave. Those that are not finite are left out."""
+        for k, value in zip(self.path.index_of(t).tolist(), loss.detach().double().tolist(), strict=True):
+            if math.isfinite(value):
+                self.losses[k] = torch.cat([self.losses[k, 1:], self.losses.new_tensor([value])])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": self.losses.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state["losses"].shape != self.losses.shape:
+            raise LimnerError(
+                f"importance sampling of times: saved for {tuple(state['losses'].shape)} (steps, history), "
+                f"this run has {tuple(self.losses.shape)}"
+            )
+        self.losses = state["losses"].clone()
 
 
 def _per_image_mean(value: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from itertools import pairwise
 from typing import overload
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from limner.core.types import Knot
 from limner.errors import LimnerError, suggest
@@ -58,6 +60,11 @@ class Path(Sequence[Knot]):
     def pairs(self) -> Iterator[tuple[Knot, Knot]]:
         """(here, there) of each step, in sampling order."""
         return pairwise(self.knots)
+
+    def index_of(self, t: Tensor) -> Tensor:
+        """The index of the knot nearest to each t (B,), among those where a denoiser is called: (B,) int on the CPU."""
+        knots = torch.tensor([knot.t for knot in self.knots[:-1]], dtype=torch.float64)
+        return (t.detach().to("cpu", torch.float64)[:, None] - knots).abs().argmin(dim=1)
 
     def truncate(self, t_start: float) -> Path:
         """The part of the path with t <= t_start (SDEdit, Meng et al. 2022): noise the image to the level of its

@@ -81,10 +81,12 @@ def ddpm(
     for k, (here, there) in enumerate(path.pairs()):
         out = _at(denoise, x, here, cond)
         step = posterior(here, there)
-        log_variance = step_log_variance(here, there, chosen_variance(out, variance), before=path[k - 1] if k else None)
+        chosen = chosen_variance(out, variance)
+        log_variance = step_log_variance(here, there, chosen, before=path[k - 1] if k else None)
         mean = step.x_weight * x + step.x0_weight * out.x0
         if gradient is not None:
-            mean = mean + log_variance.exp() * gradient(x, _time(here), cond)
+            spread = step.variance if chosen == "small" else log_variance.exp()  # beta-tilde is 0 on the last step
+            mean = mean + spread * gradient(x, _time(here), cond)
         x = mean
         if there.sigma > 0:
             x = x + (0.5 * log_variance).exp() * _draw(noise, k, x, "ddpm")
