@@ -151,6 +151,14 @@ def token_channels(config: c.RunConfig) -> int | None:
     return None
 
 
+def step_time(step: Tensor, config: c.RunConfig) -> Tensor:
+    """What the network is told of time at DDPM steps i (B,) in 0..T-1. LimnerError for a continuous schedule."""
+    total = schedule(config).steps
+    if total is None:
+        raise LimnerError(f"schedule {config.process.schedule.kind}: is continuous, it has no DDPM steps")
+    return step.float() if config.process.time_input == "step" else (step.float() + 1) / total
+
+
 def denoiser(model: Model, config: c.RunConfig) -> Denoise:
     """`denoise(x_t, t, Embedded) -> Denoised` of a diffusion model."""
     process = config.process
