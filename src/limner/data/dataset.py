@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -20,12 +19,10 @@ import numpy.typing as npt
 import torch
 
 from limner.config import DataConfig
+from limner.data.catalog import open_source
 from limner.data.pixels import Pixels, Progress, View, decode_all
 from limner.data.roles import find_roles, read_labels, read_texts
-from limner.data.sources import open_source
 from limner.errors import LimnerError
-
-_log = logging.getLogger(__name__)
 
 HELD_OUT_MOST = 2048
 _SPLIT_SEED = 20210511
@@ -129,7 +126,8 @@ class Dataset:
         """`image` float32 (B, C, H, W) in [-1, 1], and a value by condition: `label` int64 (B,), `text` list[str].
 
         With a generator the picture is flipped (where the recipe says so and the conditions allow) and cropped at
-        random (where the recipe says so); without, never flipped and cropped to the centre.
+        random (where the recipe says so); without, never flipped and cropped to the centre. Random numbers are drawn
+        row by row, `generator.random(B)` or `generator.random((B, 2))`.
         """
         chosen = np.asarray(rows, dtype=np.int64)
         view = self._view(chosen, generator)
@@ -138,7 +136,7 @@ class Dataset:
 
     def uint8(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """The pictures (B, H, W, C), not augmented."""
-        return self.pixels.take(np.asarray(rows, dtype=np.int64), View()).transpose(0, 2, 3, 1)
+        return self.pixels.take(np.asarray(rows, dtype=np.int64), View()).transpose(0, 2, 3, 1).copy()
 
     def iterate(
         self, rows: Rows | None = None, batch: int = 256
@@ -163,37 +161,43 @@ class Dataset:
         return View(mirror, corner)
 
 
-def prepare(config: DataConfig, wants: Collection[str] = (), progress: Progress | None = None) -> Dataset:
+def prepare(
+    config: DataConfig,
+    wants: Collection[str] = (),
+    progress: Progress | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+) -> Dataset:
     """Read the data set that a recipe names, decoding its pictures on the first use.
 
     `wants`: conditions that every row must have, of "label" and "text". `progress(done, rows)` is called while
-    pictures are decoded. Raises LimnerError: nothing there, a column missing, a row without a label, a picture that
-    cannot be read (with file and row), pictures of several sizes when `config.size` is not set.
+    pictures are decoded. `classes`: class names in the order of an earlier run; by default the data's own.
+
+    Raises LimnerError: nothing there, a column missing, a row without a label or with one that is not among
+    `classes`, a picture that cannot be read (with file and row), pictures of several sizes when `config.size` is
+    not set.
     """
     if config.source is None:
-        raise LimnerError("data.source is not set; it should be a folder, Parquet, WebDataset tar, or a hub name")
+        raise LimnerError("data.source is not set; give a folder, Parquet, WebDataset tar or hub name")
     source = open_source(config.source, config.split)
     roles = find_roles(source, config, wants)
     if not len(source):
-        raise LimnerError(f"{config.source}: holds no pictures")
+        raise LimnerError(f"{config.source}: split '{source.split}' has no rows")
     conditions: dict[str, Condition] = {}
     if "label" in wants and roles.label is not None:
-        conditions["label"] = Labels(*read_labels(source, roles.label))
+        conditions["label"] = Labels(*read_labels(source, roles.label, classes=classes))
     if "text" in wants and roles.text is not None:
         conditions["text"] = Texts(read_texts(source, roles.text))
     pixels = decode_all(source, roles.image, config, progress)
     train, held_out = split_rows(len(pixels), config.held_out)
-    for note in source.notes:
-        _log.info("%s: %s", source.name, note)
-    return Dataset(
-        pixels=pixels,
-        conditions=conditions,
-        digest=_digest(pixels, conditions),
-        train=train,
-        held_out=held_out,
-        flip=config.flip,
-        notes=tuple(source.notes),
-    )
+    digest = _digest(pixels, conditions)
+    return Dataset(pixels, conditions, digest, train, held_out, flip=config.flip, notes=tuple(source.notes))
+
+
+def conditions_in(config: DataConfig) -> frozenset[str]:
+    """Which of "label" and "text" the data has columns for; no picture is decoded. Raises LimnerError as `prepare`."""
+    roles = find_roles(open_source(config.source or "", config.split), config)
+    return frozenset(name for name in ("label", "text") if getattr(roles, name) is not None)
 
 
 def split_rows(rows: int, share: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from limner.config import DataConfig
 from limner.data import cache, transforms
-from limner.data.sources import Encoded, FileSpan, Problem, Source, refuse
+from limner.data.sources import Absent, Encoded, Problem, Source
+from limner.data.text import reason
 from limner.errors import LimnerError
 
 Progress = Callable[[int, int], None]
@@ -90,72 +89,55 @@ def decode_all(source: Source, column: str, config: DataConfig, progress: Progre
 
     Raises LimnerError: a picture that cannot be read, with its place; pictures of several sizes with no size set.
     """
-    settings = {
-        "version": _VERSION,
-        "source": source.fingerprint(),
-        "column": column,
-        "size": config.size,
-        "channels": config.channels,
-        "ground": transforms.colour(config.ground) if config.channels != 4 else None,
-        "margins": config.crop == "random",
-    }
+    recipe = transforms.Recipe(config.size, config.channels, transforms.colour(config.ground), config.crop == "random")
+    settings = {"version": _VERSION, "source": source.fingerprint(), "column": column, "recipe": asdict(recipe)}
     key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return Pixels(cache.entry("pixels", key, lambda directory: _build(directory, source, column, config, progress)))
+    return Pixels(cache.entry("pixels", key, lambda directory: _build(directory, source, column, recipe, progress)))
 
 
-def _build(directory: Path, source: Source, column: str, config: DataConfig, progress: Progress | None) -> None:
-    ground = transforms.colour(config.ground)
-    margins = config.crop == "random"
-
-    def one(encoded: Encoded) -> npt.NDArray[np.uint8] | transforms.PictureError:
+def _build(directory: Path, source: Source, column: str, recipe: transforms.Recipe, progress: Progress | None) -> None:
+    def decode(encoded: Encoded) -> transforms.Pixels | transforms.PictureError:
         try:
-            image = transforms.decoded(fetch(encoded), config.size)
-            image = transforms.flattened(image, config.channels, ground)
-            return transforms.array(image if config.size is None else transforms.fitted(image, config.size, margins))
+            return recipe(fetch(encoded))
         except transforms.PictureError as error:
             return error
 
     digest = hashlib.blake2b(digest_size=16)
     shapes: list[tuple[int, ...]] = []
-    with open(directory / "pixels.u8", "wb") as file:
-        for pixels in in_parallel(one, source.pictures(column)):
+    with open(directory / "pixels.u8", "wb") as file, transforms.quiet():
+        for pixels in in_parallel(decode, source.pictures(column)):
             if isinstance(pixels, transforms.PictureError):
-                refuse(Problem(source.place(len(shapes)), str(pixels)))
-                continue
+                raise LimnerError(str(Problem(source.picture_place(len(shapes)), str(pixels))))
             shapes.append(pixels.shape[1:])
-            if config.size is None and shapes[-1] != shapes[0]:
-                _refuse_sizes(source, shapes)
+            if recipe.size is None and shapes[-1] != shapes[0]:
+                raise LimnerError(_sizes_differ(source, shapes))
             digest.update(pixels.data)
             file.write(pixels.data)
-            if progress is not None and len(shapes) % _CHUNK == 0:
+            if progress is not None and (len(shapes) % _CHUNK == 0 or len(shapes) == len(source)):
                 progress(len(shapes), len(source))
-    if progress is not None:
-        progress(len(shapes), len(source))
     np.save(directory / "shapes.npy", np.asarray(shapes, dtype=np.int64))
     digest.update(np.asarray(shapes, dtype="<i8").tobytes())
-    about = {"size": config.size or shapes[0], "channels": config.channels, "digest": digest.hexdigest()}
+    about = {"size": recipe.size or shapes[0], "channels": recipe.channels, "digest": digest.hexdigest()}
     (directory / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def fetch(encoded: Encoded) -> bytes:
     """The bytes of an encoded picture. Raises PictureError where there are none."""
-    if encoded is None:
-        raise transforms.PictureError("has no picture")
-    if isinstance(encoded, FileSpan):
-        try:
-            return encoded.read()
-        except OSError as error:
-            raise transforms.PictureError(f"{encoded.path} cannot be read ({error.strerror or error})") from None
-    return encoded
+    if isinstance(encoded, bytes):
+        return encoded
+    if isinstance(encoded, Absent):
+        raise transforms.PictureError(encoded.why)
+    try:
+        return encoded.read()
+    except (OSError, ValueError) as error:
+        raise transforms.PictureError(f"cannot be read ({reason(error)})") from None
 
 
 def in_parallel(work: Callable[[Encoded], T], pictures: Iterator[Encoded]) -> Iterator[T]:
-    """`work` on each picture, in order, on threads (Pillow decodes and resizes without the interpreter lock)."""
+    """`work` on each picture, in order, on threads: Pillow decodes and resizes without the interpreter's lock."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[list[T]]] = deque()
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by `transforms.opened`
-        warnings.filterwarnings("ignore", module="PIL")
+    with ThreadPoolExecutor(workers) as pool:
         try:
             while chunk := list(islice(pictures, _CHUNK)):
                 waiting.append(pool.submit(lambda items: [work(item) for item in items], chunk))
@@ -168,9 +150,9 @@ def in_parallel(work: Callable[[Encoded], T], pictures: Iterator[Encoded]) -> It
                 future.cancel()
 
 
-def _refuse_sizes(source: Source, shapes: list[tuple[int, ...]]) -> None:
-    first, other = shapes[0], shapes[-1]
-    raise LimnerError(
-        f"{source.name}: pictures differ in size: {first[0]}x{first[1]} at {source.place(0)}, {other[0]}x{other[1]} at "
-        f"{source.place(len(shapes) - 1)}; set data.size, for example data.size={min(*first, *other)}"
+def _sizes_differ(source: Source, shapes: list[tuple[int, ...]]) -> str:
+    (h0, w0), (h1, w1) = shapes[0], shapes[-1]
+    return (
+        f"{source.name}: pictures differ in size: {w0}x{h0} is {source.picture_place(0)}, {w1}x{h1} is "
+        f"{source.picture_place(len(shapes) - 1)}; set data.size, such as data.size={min(h0, w0, h1, w1)}"
     )

@@ -1,4 +1,4 @@
-"""What rows a data set has, before any picture is decoded: one `Source` per form in which data comes."""
+"""What rows a data set has, before any picture is decoded: a `Source` for each form in which data comes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from limner.data.text import printable
 from limner.errors import LimnerError
 
 Kind = Literal["image", "class", "text", "integer", "number", "other"]
@@ -16,16 +17,19 @@ Kind = Literal["image", "class", "text", "integer", "number", "other"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands: a file, and in it a line (counted from 1) or a row (counted from 0)."""
+    """Where a row stands: a file, and in it a line (counted from 1), a row (counted from 0) or an archive's member."""
 
     file: str
     line: int | None = None
     row: int | None = None
+    member: str | None = None
 
     def __str__(self) -> str:
-        if self.line is not None:
-            return f"{self.file} line {self.line}"
-        return self.file if self.row is None else f"{self.file} row {self.row}"
+        words = [self.file]
+        words += [] if self.line is None else [f"line {self.line}"]
+        words += [] if self.row is None else [f"row {self.row}"]
+        words += [] if self.member is None else [f"member {self.member}"]
+        return printable(" ".join(words))
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what}"
+        return f"{self.place}: {printable(self.what)}"
 
 
 Tell = Callable[[Problem], None]
@@ -57,14 +61,36 @@ class FileSpan:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes. Raises OSError."""
+        """The bytes. Raises OSError, and ValueError for a path that no system has."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
 
 
-Encoded = bytes | FileSpan | None
-"""An encoded picture, or None where a row has none."""
+@dataclass(frozen=True)
+class Absent:
+    """A row has no picture, and why."""
+
+    why: str = "has no picture"
+
+
+Encoded = bytes | FileSpan | Absent
+
+
+def encoded(value: Any, folder: Path) -> Encoded:
+    """The picture in a cell: bytes, `{bytes, path}`, or a path inside `folder`."""
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        return encoded(value.get("path") if data is None else data, folder)
+    if isinstance(value, str):
+        return FileSpan(folder / value) if stays_inside(value) else Absent(f"'{value}' points outside the folder")
+    return value if isinstance(value, bytes) else Absent()
+
+
+def stays_inside(path: str) -> bool:
+    """Whether a relative path stays in the folder that it starts from."""
+    parts = PurePosixPath(path.replace("\\", "/"))
+    return bool(path) and not parts.is_absolute() and ".." not in parts.parts and ":" not in parts.parts[0]
 
 
 @dataclass(frozen=True)
@@ -78,24 +104,31 @@ class Column:
 
 @dataclass
 class Source(ABC):
-    """Rows of one split, in a fixed order. Pictures stay encoded; other columns are read when asked for."""
+    """Rows of one split, in a fixed order. Pictures stay encoded; other columns are read when asked for.
+
+    `notes` say what was chosen or left out; `orphans` are pictures that no metadata names.
+    """
 
     name: str
     split: str
-    splits: tuple[str, ...]
     columns: dict[str, Column]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list, kw_only=True)
+    orphans: list[Place] = field(default_factory=list, kw_only=True)
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def place(self, row: int) -> Place:
-        """Where a row stands, for messages."""
+        """Where what is known of a row stands, for messages."""
+
+    def picture_place(self, row: int) -> Place:
+        """Where a row's picture stands, for messages."""
+        return self.place(row)
 
     @abstractmethod
     def pictures(self, column: str) -> Iterator[Encoded]:
-        """The encoded pictures of a column, row after row."""
+        """The encoded pictures of a column, row after row. Raises LimnerError where a whole file cannot be read."""
 
     @abstractmethod
     def values(self, column: str) -> list[Any]:
@@ -107,22 +140,23 @@ class Source(ABC):
 
 
 def stat_digest(paths: Iterable[Path]) -> str:
-    """A digest of paths, sizes and modification times."""
+    """A digest of paths, sizes and modification times, in this order; a missing file counts as such."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
-        stat = path.stat()
-        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        try:
+            stat = path.stat()
+            facts = f"{stat.st_size}\0{stat.st_mtime_ns}"
+        except OSError:
+            facts = "missing"
+        digest.update(f"{path.absolute()}\0{facts}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def open_source(source: str, split: str | None = None, tell: Tell = refuse) -> Source:
-    """Find out what `source` is and read all of it but the pictures.
-
-    Raises LimnerError when there is nothing to read; problems of single rows go to `tell`.
-    """
-    from limner.data.tables import parquet_source
-
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise LimnerError(f"{source}: no such file or folder")
-    return parquet_source(path, split, tell)
+def kind_of(values: Iterable[Any]) -> Kind:
+    """The kind of a column of Python values (None: no value)."""
+    kinds = {type(value) for value in values} - {type(None)}
+    if kinds <= {str}:
+        return "text"
+    if kinds <= {int, bool}:
+        return "integer"
+    return "number" if kinds <= {int, float} else "other"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from limner.errors import LimnerError, suggest
+
+T = TypeVar("T")
 
 _NAMES = {
     "train": "train",
@@ -35,8 +39,21 @@ def split_of(path: PurePath) -> str:
     return "train"
 
 
+def group_by_split(root: Path, files: Iterable[str]) -> dict[str, list[Path]]:
+    """Files of a folder by the split that their names tell, `train` first."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(split_of(PurePath(file)), []).append(root / file)
+    return in_order(groups)
+
+
+def in_order(groups: dict[str, T]) -> dict[str, T]:
+    """`train` first, then by name."""
+    return dict(sorted(groups.items(), key=lambda item: (item[0] != "train", item[0])))
+
+
 def choose_split(name: str, splits: tuple[str, ...], asked: str | None) -> tuple[str, list[str]]:
-    """The split to read and notes that say so. Raises LimnerError for an unknown or an ambiguous one."""
+    """The split to read, and a note that says so. Raises LimnerError for an unknown or an ambiguous one."""
     if asked is not None:
         wanted = asked if asked in splits else split_name(asked)
         if wanted not in splits:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limner.data.sources import Column, Encoded, FileSpan, Kind, Place, Source, Tell, stat_digest
-from limner.data.splits import choose_split, split_of
+from limner.data.sources import Absent, Column, Encoded, Kind, Place, Problem, Source, Tell, encoded, stat_digest
+from limner.data.text import reason
 from limner.errors import LimnerError
 
 if TYPE_CHECKING:
@@ -22,75 +22,77 @@ _BATCH = 256
 
 @dataclass
 class ParquetSource(Source):
-    """The rows of Parquet files, one file after the other."""
+    """The rows of Parquet files, one file after the other; `ends` are the row numbers at which they end."""
 
     files: list[Path] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._ends = list(accumulate(self.counts))
+    ends: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self.ends[-1] if self.ends else 0
 
     def place(self, row: int) -> Place:
-        index = bisect.bisect_right(self._ends, row)
-        return Place(str(self.files[index]), row=row - (self._ends[index] - self.counts[index]))
+        index = bisect.bisect_right(self.ends, row)
+        return Place(str(self.files[index]), row=row - (self.ends[index - 1] if index else 0))
 
     def pictures(self, column: str) -> Iterator[Encoded]:
-        for file, values in self._read(column):
-            for value in values.to_pylist():
-                yield _encoded(value, file.parent)
+        """Row after row; the rest of a file that is damaged within is Absent, and the next file goes on."""
+        start = 0
+        for path, end in zip(self.files, self.ends, strict=True):
+            row = start
+            try:
+                for values in _read(path, column):
+                    for value in values.to_pylist():
+                        yield encoded(value, path.parent)
+                        row += 1
+            except LimnerError as error:
+                yield from (Absent(str(error).removeprefix(f"{path}: ")) for _ in range(row, end))
+            start = end
 
     def values(self, column: str) -> list[Any]:
-        return [value for _, values in self._read(column) for value in values.to_pylist()]
+        return [value for path in self.files for values in _read(path, column) for value in values.to_pylist()]
 
     def fingerprint(self) -> str:
         return stat_digest(self.files)
 
-    def _read(self, column: str) -> Iterator[tuple[Path, pa.Array]]:
-        import pyarrow as pa
 
-        for path in self.files:
-            try:
-                with open_parquet(path) as file:
-                    for batch in file.iter_batches(_BATCH, columns=[column]):
-                        yield path, batch.column(0)
-            except (pa.ArrowException, OSError) as error:
-                raise LimnerError(f"{path}: column '{column}' cannot be read ({_reason(error)})") from None
+def parquet_splits(name: str, groups: dict[str, list[Path]], tell: Tell) -> dict[str, Callable[[], Source]]:
+    """A source for each group of Parquet files."""
+    return {split: partial(_source, name, split, files, tell) for split, files in groups.items()}
 
 
-def parquet_source(path: Path, split: str | None, tell: Tell) -> Source:
-    """One Parquet file, or a folder of them, whose names or folders tell the split (`train-00000-of-00002.parquet`)."""
+def _source(name: str, split: str, files: list[Path], tell: Tell) -> ParquetSource:
+    """Files that cannot be read, or have other columns than the first, are told and left out."""
     import pyarrow as pa
 
-    found = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    by_split: dict[str, list[Path]] = {}
-    for file in found:
-        by_split.setdefault(split_of(file.relative_to(path.parent if path.is_file() else path)), []).append(file)
-    chosen, notes = choose_split(str(path), tuple(by_split), split)
-    schema: pa.Schema | None = None
-    counts = []
-    for file in by_split[chosen]:
+    columns: dict[str, Column] = {}
+    source = ParquetSource(name, split, columns)
+    for path in files:
         try:
-            with open_parquet(file) as parquet:
-                counts.append(parquet.metadata.num_rows)
-                if schema is None:
-                    schema = parquet.schema_arrow
-                elif parquet.schema_arrow.names != schema.names:
-                    raise LimnerError(f"{file}: its columns differ from those of {by_split[chosen][0].name}")
-        except (pa.ArrowException, OSError) as error:
-            raise LimnerError(f"{file}: is not a Parquet file that can be read ({_reason(error)})") from None
-    assert schema is not None
-    return ParquetSource(
-        name=str(path),
-        split=chosen,
-        splits=tuple(by_split),
-        columns=arrow_columns(schema),
-        notes=notes,
-        files=by_split[chosen],
-        counts=counts,
-    )
+            with open_parquet(path) as parquet:
+                schema, count = parquet.schema_arrow, parquet.metadata.num_rows
+        except (pa.ArrowException, OSError, ValueError) as error:
+            tell(Problem(Place(str(path)), f"is not a Parquet file that can be read ({reason(error)})"))
+            continue
+        if columns and set(schema.names) != set(columns):
+            tell(Problem(Place(str(path)), f"its columns differ from those of {source.files[0].name}"))
+            continue
+        if not columns:
+            columns.update(arrow_columns(schema))
+        source.files.append(path)
+        source.ends.append(len(source) + count)
+    return source
+
+
+def _read(path: Path, column: str) -> Iterator[pa.Array]:
+    """A column of a file, a few hundred rows at a time. Raises LimnerError."""
+    import pyarrow as pa
+
+    try:
+        with open_parquet(path) as file:
+            for batch in file.iter_batches(_BATCH, columns=[column]):
+                yield batch.column(0)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise LimnerError(f"{path}: column '{column}' cannot be read ({reason(error)})") from None
 
 
 def open_parquet(path: Path) -> Any:
@@ -137,14 +139,3 @@ def _kind(arrow_type: pa.DataType) -> Kind:
     if types.is_integer(arrow_type) or types.is_boolean(arrow_type):
         return "integer"
     return "number" if types.is_floating(arrow_type) else "other"
-
-
-def _encoded(value: Any, folder: Path) -> Encoded:
-    if isinstance(value, dict):
-        data = value.get("bytes")
-        return data if data is not None else _encoded(value.get("path"), folder)
-    return FileSpan(folder / value) if isinstance(value, str) else value
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to an array of one size: decode, lay on the ground, resize to cover, crop.
+"""From the bytes of a picture file to an array of one size: decode, lay on the ground, resize, cut.
 
 All sizes are (height, width). Nothing here knows where a picture came from: callers add file and row to the message.
 """
@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageFile, ImageOps
 
+from limner.data.text import reason
 from limner.errors import LimnerError
 
 Pixels = npt.NDArray[np.uint8]
@@ -24,13 +29,54 @@ EXTENSIONS = frozenset(
     ".png .apng .jpg .jpeg .jfif .webp .gif .bmp .dib .tif .tiff .pgm .ppm .pnm .pbm .jp2 .j2k .avif .tga .ico".split()
 )
 
-_DECODER_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, MemoryError, OverflowError)
-_DECODER_ERRORS += (AttributeError, AssertionError, RuntimeError, ArithmeticError, struct.error, zlib.error)
+_DECODER_ERRORS = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError),
+    *(ArithmeticError, MemoryError, SyntaxError, struct.error, zlib.error),
+)
+"""What Pillow's decoders raise on damaged files, as found by feeding them damaged files."""
+
 _ORIENTATION = 0x0112
+_MARGIN = 4
 
 
 class PictureError(LimnerError):
     """These bytes are no picture that can be used; the message says why, the caller where."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Pillow's warnings off the screen: what matters of them is refused here with an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module="PIL")
+        yield
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a picture becomes an array.
+
+    size: (height, width), or None to keep the picture's. channels: 1 grey, 3 RGB, 4 RGBA. ground: RGB under
+    transparent pixels. margins: resized to cover `size` but not cut, for random crops later.
+    """
+
+    size: tuple[int, int] | None = None
+    channels: int = 3
+    ground: tuple[int, int, int] = (255, 255, 255)
+    margins: bool = False
+
+    def __call__(self, data: bytes) -> Pixels:
+        """uint8 (C, H, W) of an encoded picture. Raises PictureError."""
+        image = decoded(data, self.size)
+        try:
+            image = flattened(image, self.channels, self.ground)
+            if self.size is not None:
+                image = covering(image, self.size) if self.margins else fitted(image, self.size)
+            return array(image)
+        except PictureError:
+            raise
+        except _DECODER_ERRORS as error:
+            raise PictureError(f"cannot be converted ({reason(error)})") from None
 
 
 def opened(data: bytes) -> Image.Image:
@@ -44,7 +90,7 @@ def opened(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise PictureError(f"is larger than {_limit():,} pixels, which is refused") from None
     except _DECODER_ERRORS as error:
-        raise PictureError(f"is a damaged picture ({_reason(error)})") from None
+        raise PictureError(f"is a damaged picture ({reason(error)})") from None
     if image.width * image.height > _limit():
         raise PictureError(f"has {image.width}x{image.height} pixels; more than {_limit():,} are refused")
     if not image.width or not image.height:
@@ -56,6 +102,17 @@ def oriented_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) as it is seen, that is, after the rotation that EXIF asks for."""
     turned = _orientation(image) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def mode_name(image: Image.Image) -> str:
+    """What its pixels are, for people: `grey`, `RGB`, `palette with transparency`, `RGB 16-bit`..."""
+    name = {"1": "black and white", "L": "grey", "LA": "grey with alpha", "P": "palette", "F": "grey float"}.get(
+        image.mode, "grey 16-bit" if image.mode.startswith("I") else image.mode
+    )
+    raw = str(image.tile[0].args) if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    if "16" in raw and "16" not in name:
+        name += " 16-bit"
+    return f"{name} with transparency" if "transparency" in image.info else name
 
 
 def decoded(data: bytes, cover: tuple[int, int] | None = None) -> Image.Image:
@@ -72,7 +129,7 @@ def decoded(data: bytes, cover: tuple[int, int] | None = None) -> Image.Image:
         image.load()
         return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
     except _DECODER_ERRORS as error:
-        raise PictureError(f"is a damaged picture ({_reason(error)})") from None
+        raise PictureError(f"is a damaged picture ({reason(error)})") from None
 
 
 def colour(name: str) -> tuple[int, int, int]:
@@ -102,22 +159,28 @@ def flattened(image: Image.Image, channels: int, ground: tuple[int, int, int]) -
     return image if image.mode == mode else image.convert(mode)
 
 
-def fitted(image: Image.Image, size: tuple[int, int], keep_margins: bool = False) -> Image.Image:
-    """Resized, antialiased (Lanczos), to cover (height, width), then cut to its centre.
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The centre of the picture in the shape of `size` (height, width), resized to it, antialiased (Lanczos).
 
-    `keep_margins` leaves what covers uncut, for a random crop later. Transparent pictures are resized premultiplied.
+    Transparent pictures are resized premultiplied, so that what lies under clear pixels doesn't bleed.
     """
     height, width = size
     if (image.height, image.width) == size:
         return image
     scale = max(height / image.height, width / image.width)
-    if keep_margins:
-        cover = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        return image.resize(cover, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    cut_w, cut_h = width / scale, height / scale
+    cut_w, cut_h = min(width / scale, image.width), min(height / scale, image.height)
     left, top = (image.width - cut_w) / 2, (image.height - cut_h) / 2
-    box = (max(left, 0), max(top, 0), min(left + cut_w, image.width), min(top + cut_h, image.height))
+    box = (left, top, min(left + cut_w, image.width), min(top + cut_h, image.height))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture resized to cover (height, width) just so; a side longer than 4 times `size` is cut to its centre."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    cover_h = min(max(height, round(image.height * scale)), _MARGIN * height)
+    cover_w = min(max(width, round(image.width * scale)), _MARGIN * width)
+    return fitted(image, (cover_h, cover_w))
 
 
 def array(image: Image.Image) -> Pixels:
@@ -152,7 +215,3 @@ def _orientation(image: Image.Image) -> int:
 
 def _limit() -> int:
     return Image.MAX_IMAGE_PIXELS or 89_478_485
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
