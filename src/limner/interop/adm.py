@@ -1,0 +1,326 @@
+"""guided-diffusion's diffusion models, upsamplers and classifiers (Dhariwal & Nichol 2021, arXiv:2105.05233).
+
+The architecture is read off the weights, and the flags that were given must agree with it. What the weights don't
+tell (heads and their order, schedule, picture size, what is predicted) comes from the flags, else from the peer's
+defaults; for the published models the flags are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from limner import config as c
+from limner.core import path as spacings
+from limner.errors import LimnerError
+from limner.interop import unet_keys
+from limner.interop.adm_flags import CLASSIFIER_ONLY, DEFAULTS, PUBLISHED, Flags, Part, parse
+from limner.interop.adm_shapes import Structure, structure
+from limner.interop.imported import Imported, imported
+from limner.interop.keymap import TRANSPOSED, Rule, pointwise, rule, under
+
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+}
+"""Channels of the levels by picture size, where `channel_mult` isn't given."""
+UPSAMPLER_512_MULT = (1, 1, 2, 2, 4, 4)
+
+
+def read(weights: Mapping[str, Tensor], path: Path, flags: Mapping[str, Any] | str | Path | None = None) -> Imported:
+    """Import a checkpoint whose weights are already read.
+
+    flags: see `adm_flags.parse`. None is enough for the published models, which are known by file name or by shape.
+    Raises LimnerError where flags are needed, unknown, or contradict the weights.
+    """
+    where = str(path)
+    found = structure(weights, where)
+    part: Part = "classifier" if found.is_classifier else "model"
+    notes: list[str] = []
+    if flags is None:
+        name = published(found, path.stem)
+        if name is None:
+            raise LimnerError(f"{where}: a guided-diffusion {part}; heads and schedule aren't in the weights: needs "
+                              'flags, a JSON file or "--image_size 64 ..." as given to its scripts')  # fmt: skip
+        notes.append(f"{where}: read as the published {name}, known by its {'name' if name == path.stem else 'shape'}")
+        flags = name
+    given = parse(flags, part)
+    levels = _layout(found, given, where)
+    for flag, right in _disagreements(found, levels, given):
+        raise LimnerError(f"{where}: flag '{flag}' says {given[flag] or 'nothing'}, but the weights have {right}")
+    settled = _settled(found, given)
+    notes += [f"{where}: flag 'use_kl' is a training loss that Limner lacks; fine-tuning uses the hybrid loss"] * bool(
+        settled["use_kl"]
+    )
+    config = _recipe(found, levels, settled, where)
+    return imported(config, weights, _table(found, config, settled), where, notes=notes)
+
+
+def published(found: Structure, stem: str) -> str | None:
+    """The published model that a network is: by its file's name where the shapes agree, else by shape alone."""
+    part: Part = "classifier" if found.is_classifier else "model"
+    agreeing = [name for name in PUBLISHED if _is_published(found, name, part)]
+    return stem if stem in agreeing else agreeing[0] if agreeing else None
+
+
+def _is_published(found: Structure, name: str, part: Part) -> bool:
+    if name.endswith("classifier") != found.is_classifier or name.endswith("upsampler") != _is_upsampler(found, {}):
+        return False
+    flags = {**DEFAULTS, **parse(name, part)}
+    size = _size(found, flags)
+    mult = UPSAMPLER_512_MULT if _is_upsampler(found, {}) else CHANNEL_MULT[size]
+    flags["channel_mult"] = ",".join(map(str, mult))
+    if found.pool_pixels and found.pool_pixels != (size // 2 ** (len(mult) - 1)) ** 2:
+        return False
+    return any(not list(_disagreements(found, layout, flags)) for layout in found.layouts)
+
+
+def _is_upsampler(found: Structure, given: Flags) -> bool:
+    """The upsampler sees the noisy picture and the enlarged one. Three channels are the peer's only choice; other
+    counts are an upsampler's where the flags say so."""
+    if found.is_classifier:
+        return False
+    return found.in_channels == 6 or ("large_size" in given and found.in_channels % 2 == 0)
+
+
+def _size(found: Structure, flags: Flags) -> int:
+    return flags["large_size" if _is_upsampler(found, flags) and "large_size" in flags else "image_size"]
+
+
+# --- flags against weights ----------------------------------------------------------------------------------------
+
+
+def _layout(found: Structure, given: Flags, where: str) -> tuple[c.Level, ...]:
+    """The levels; where a classifier's weights leave a choice, the one that the flags describe."""
+    if len(found.layouts) == 1:
+        return found.layouts[0]
+    fitting = [layout for layout in found.layouts if _fits(found, layout, given)]
+    if len(fitting) > 1:
+        usual = [layout for layout in fitting if layout[0].blocks == DEFAULTS["classifier_depth"]]
+        fitting = usual or fitting
+    if len(fitting) != 1:
+        ways = "; ".join(f"{layout[0].blocks} with {len(layout)} levels" for layout in found.layouts)
+        raise LimnerError(f"{where}: needs the flags classifier_depth, image_size and channel_mult that fit its "
+                          f"weights; possible depths: {ways}")  # fmt: skip
+    return fitting[0]
+
+
+def _fits(found: Structure, layout: tuple[c.Level, ...], given: Flags) -> bool:
+    known = {"classifier_depth", "classifier_attention_resolutions", "channel_mult"} & given.keys()
+    if any(flag in known for flag, _ in _disagreements(found, layout, given)):
+        return False
+    if found.pool_pixels is None or "image_size" not in given:
+        return True
+    return (given["image_size"] // 2 ** (len(layout) - 1)) ** 2 == found.pool_pixels
+
+
+def _disagreements(found: Structure, levels: tuple[c.Level, ...], given: Flags) -> Iterator[tuple[str, str]]:
+    """Flags that were given and contradict the weights, and what the weights say, in words."""
+    widths = [level.channels for level in levels]
+    blocks = sorted({level.blocks for level in levels})
+    prefix = "classifier_" if found.is_classifier else ""
+    facts: dict[str, Any] = {
+        "classifier_width" if prefix else "num_channels": found.width,
+        "classifier_depth" if prefix else "num_res_blocks": blocks[0] if len(blocks) == 1 else blocks,
+        f"{prefix}use_scale_shift_norm": found.scale_shift,
+    }
+    if len(levels) > 1:
+        facts[f"{prefix}resblock_updown"] = found.resample == "block"
+    if found.is_classifier:
+        facts["classifier_pool"] = found.pool
+    else:
+        facts["class_cond"] = found.classes is not None
+        facts["learn_sigma"] = found.out_channels == 2 * _channels(found, given)
+    for flag, fact in facts.items():
+        if flag in given and given[flag] != fact:
+            yield flag, str(fact)
+    if given.get("channel_mult") and [int(m * found.width) for m in _multipliers(given)] != widths:
+        yield "channel_mult", f"levels of {', '.join(map(str, widths))} channels"
+    yield from _attention_disagreement(found, levels, given, f"{prefix}attention_resolutions")
+    side = _size(found, {**DEFAULTS, **given}) // 2 ** (len(levels) - 1)
+    if found.pool_pixels and "image_size" in given and side**2 != found.pool_pixels:
+        yield "image_size", f"attention pooling over {found.pool_pixels} places after {len(levels)} levels"
+
+
+def _attention_disagreement(found: Structure, levels: tuple[c.Level, ...], given: Flags,
+                            flag: str) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """`attention_resolutions` are in pixels: a level has attention where the size over one of them is its factor."""
+    if flag not in given:
+        return
+    size = _size(found, {**DEFAULTS, **given})
+    factors = {size // pixels for pixels in _integers(given[flag], flag)}
+    if [2**i in factors for i in range(len(levels))] != [level.attention for level in levels]:
+        having = [str(size // 2**i) for i, level in enumerate(levels) if level.attention]
+        yield flag, f"attention at {', '.join(having) or 'none'} (of a picture of {size})"
+
+
+def _integers(text: str, flag: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise LimnerError(f"flag '{flag}' should be numbers such as 16,8, is '{text}'") from None
+    if any(number < 1 for number in numbers):
+        raise LimnerError(f"flag '{flag}' should be numbers of 1 or more, is '{text}'")
+    return numbers
+
+
+def _multipliers(flags: Flags) -> list[float]:
+    try:
+        return [float(part) for part in flags["channel_mult"].split(",")]
+    except ValueError:
+        raise LimnerError(
+            f"flag 'channel_mult' should be numbers such as 1,2,4, is '{flags['channel_mult']}'"
+        ) from None
+
+
+def _channels(found: Structure, given: Flags) -> int:
+    """Channels of the picture."""
+    return found.in_channels // 2 if _is_upsampler(found, given) else found.in_channels
+
+
+# --- the recipe ----------------------------------------------------------------------------------------------------
+
+
+def _settled(found: Structure, given: Flags) -> Flags:
+    """Every flag: given, or the peer's default, which for heads differs between its two networks."""
+    defaults = {**DEFAULTS, **(CLASSIFIER_ONLY if found.is_classifier else {})}
+    return {**defaults, **given}
+
+
+def _recipe(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: str) -> c.RunConfig:
+    if found.is_classifier and found.pool_pixels:
+        size = round(found.pool_pixels**0.5) * 2 ** (len(levels) - 1)
+    else:
+        size = _size(found, flags)
+    conditions: list[dict[str, Any]] = []
+    if found.classes and not found.is_classifier:
+        conditions.append({"kind": "label", "dropout": 0.0, "null": False})
+    if _is_upsampler(found, flags):
+        conditions.append({"kind": "image", "dropout": 0.0, "size": [flags["small_size"]] * 2})
+    kind: dict[str, Any] = {"kind": "classifier", "pool": found.pool} if found.is_classifier else {"kind": "unet"}
+    recipe = {
+        "task": "classifier" if found.is_classifier else "diffusion",
+        "data": {"size": [size, size], "channels": _checked_channels(found, flags, where)},
+        "process": _process(found, flags, where),
+        "model": {**kind, **_network(found, levels, flags, where)},
+        "conditions": conditions,
+        "sampling": _sampling(flags, learned=_learns_variance(found, flags)),
+        "classes": [str(number) for number in range(found.classes)] if found.classes else None,
+        "training": {"precision": "fp32"},
+        "provenance": {"format": "guided-diffusion", "file": Path(where).name, "flags": flags},
+    }
+    return c.parse(recipe, where)
+
+
+def _checked_channels(found: Structure, flags: Flags, where: str) -> Any:
+    channels = _channels(found, flags)
+    if channels not in (1, 3, 4):
+        raise LimnerError(f"{where}: pictures of {channels} channels; Limner has pictures of 1, 3 or 4")
+    if not found.is_classifier and found.out_channels not in (channels, 2 * channels):
+        raise LimnerError(f"{where}: {found.out_channels} channels out for {channels} in; should be {channels}, or "
+                          f"{2 * channels} with a learned variance")  # fmt: skip
+    return channels
+
+
+def _network(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: str) -> dict[str, Any]:
+    """What U-Net and classifier share. `time_scale` is the peer's rescaling of steps to 0..1000."""
+    rescaled = flags["rescale_timesteps"]
+    return {
+        "levels": [level.model_dump() for level in levels],
+        "modulation": "scale_shift" if found.scale_shift else "add",
+        "resample": found.resample,
+        "time_channels": found.width,
+        "time_scale": 1000.0 / flags["diffusion_steps"] if rescaled else 1.0,
+        "dropout": 0.0 if found.is_classifier else flags["dropout"],
+        "gradient_checkpointing": False if found.is_classifier else flags["use_checkpoint"],
+        **_heads(found, levels, flags, where),
+    }
+
+
+def _heads(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: str) -> dict[str, int | None]:
+    fixed_width = flags["num_head_channels"] != -1
+    name = "num_head_channels" if fixed_width else "num_heads"
+    number, above = flags[name], flags["num_heads_upsample"]
+    for channels in {level.channels for level in levels if level.attention} | {levels[-1].channels}:
+        if number < 1 or channels % number:
+            raise LimnerError(f"{where}: flag '{name}' is {number}, which doesn't divide the {channels} channels of "
+                              "its attention")  # fmt: skip
+    if fixed_width:
+        return {"head_dim": number, "heads": None}
+    if found.pool == "attention":
+        raise LimnerError(f"{where}: attention pooling needs the flag num_head_channels, such as 64")
+    if above not in (-1, number) and not found.is_classifier:
+        raise LimnerError(f"{where}: flag 'num_heads_upsample' is {above}, num_heads {number}: Limner's U-Net has one "
+                          "number of heads for both ways")  # fmt: skip
+    return {"head_dim": None, "heads": number}
+
+
+def _process(found: Structure, flags: Flags, where: str) -> dict[str, Any]:
+    schedules = {"linear": "linear", "cosine": "discrete_cosine"}
+    name, steps = flags["noise_schedule"], flags["diffusion_steps"]
+    if name not in schedules:
+        raise LimnerError(f"{where}: flag 'noise_schedule' is '{name}'; should be {' or '.join(schedules)}")
+    if steps < 1:
+        raise LimnerError(f"{where}: flag 'diffusion_steps' is {steps}; should be 1 or more")
+    return {
+        "schedule": {"kind": schedules[name], "steps": steps},
+        "prediction": "sample" if flags["predict_xstart"] else "epsilon",
+        "learned_variance": _learns_variance(found, flags),
+        "time_input": "step",
+        # The peer's hybrid loss weighs the bound by T / 1000 (rescaled), or by 1; ours by T times this.
+        "vlb_weight": 0.001 if flags["rescale_learned_sigmas"] else 1 / steps,
+    }
+
+
+def _learns_variance(found: Structure, flags: Flags) -> bool:
+    return not found.is_classifier and found.out_channels == 2 * _channels(found, flags)
+
+
+def _sampling(flags: Flags, *, learned: bool) -> dict[str, Any]:
+    """Sampling as the peer's scripts would: ancestral (or DDIM with use_ddim), over the respaced steps."""
+    total, respacing = flags["diffusion_steps"], flags["timestep_respacing"].replace(" ", "")
+    if respacing and not spacings.is_respacing(respacing):
+        raise LimnerError(f"flag 'timestep_respacing' should be such as 250, 10,15,20 or ddim25, is '{respacing}'")
+    return {
+        "sampler": "ddim" if flags["use_ddim"] else "ddpm",
+        "steps": len(spacings.step_indices(total, total, respacing)) if respacing else total,
+        "spacing": respacing or "leading",
+        "guidance": 1.0,
+        "clip": flags["clip_denoised"],
+        "variance": None if learned else "small" if flags["sigma_small"] else "large",
+    }
+
+
+# --- the weights ---------------------------------------------------------------------------------------------------
+
+HEADS: dict[str, tuple[Rule, ...]] = {
+    "attention": (
+        rule("out.0", "norm"),
+        Rule(("out.2.positional_embedding",), ("head.position",), TRANSPOSED),
+        rule("out.2.qkv_proj", "head.qkv", pointwise(1)),
+        rule("out.2.c_proj", "head.out", pointwise(1)),
+    ),
+    "adaptive": (rule("out.0", "norm"), rule("out.3", "head", pointwise(2))),
+    "spatial": (rule("out.0", "head.0"), rule("out.2", "head.2")),
+    "spatial_v2": (rule("out.0", "head.0"), rule("out.1", "head.1"), rule("out.3", "head.3")),
+}
+"""The classifier's head by its pooling. Its own attention has the new order of rows, whatever the body's."""
+
+
+def _table(found: Structure, config: c.RunConfig, flags: Flags) -> list[Rule]:
+    model = config.model
+    assert isinstance(model, c.UNetConfig | c.ClassifierConfig)
+    heads, head_dim = model.heads, model.head_dim
+
+    def heads_of(channels: int) -> int:
+        return heads or max(1, channels // (head_dim or channels))
+
+    attention = unet_keys.self_attention(heads_of, heads_outside=not flags["use_new_attention_order"])
+    ends = unet_keys.ENDS if found.pool is None else (*unet_keys.STEM, *HEADS[found.pool])
+    network = under("", "network.", [*ends, *unet_keys.blocks(attention)])
+    return [*network, rule("label_emb", "conditioner.modalities.label.table")]

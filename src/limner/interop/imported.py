@@ -1,0 +1,41 @@
+"""What an importer returns, and the last steps that all importers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limner import build
+from limner.config import RunConfig
+from limner.interop.keymap import Rule, Weights, convert
+from limner.interop.safe import as_float32, warn_of_nan
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A foreign checkpoint in Limner's terms.
+
+    config: its recipe. state: the weights for `build.model(config)`, by name, float32. notes: what the user should
+    know of how it was read, a line each.
+    """
+
+    config: RunConfig
+    state: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a recipe's model; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(x.shape) for name, x in build.model(config).state_dict().items()}
+
+
+def imported(config: RunConfig, weights: Weights, rules: Sequence[Rule], where: str, *, ignore: Sequence[str] = (),
+             notes: Sequence[str] = ()) -> Imported:  # fmt: skip
+    """Rename the weights for a recipe, strictly, and make them float32. Warns of NaN; raises LimnerError."""
+    state = as_float32(convert(weights, rules, shapes(config), where=where, ignore=ignore))
+    warn_of_nan(state, where)
+    return Imported(config, state, tuple(notes))
