@@ -203,10 +203,10 @@ class AutoencoderLoss(Section):
     pixel: Literal["l1", "l2"] = "l1"
     perceptual: float = Field(1.0, ge=0, description="weight of the perceptual distance; 0: none")
     perceptual_network: Literal["efficientnet-lite0", "lpips"] = "efficientnet-lite0"
-    adversarial: float = Field(0.0, ge=0, description="weight of the patch discriminator's verdict; 0: none")
+    adversarial: float = Field(0.0, ge=0, description="weight of the patch discriminator's verdict, 0: none; try 0.1")
     adversarial_from: int = Field(100_000, ge=0, description="images before the discriminator begins to learn")
     adversarial_warmup: int = Field(20_000, ge=0, description="images over which its weight then rises from zero")
-    adaptive_max: float = Field(10.0, gt=0, description="clamp of the adaptive weight (Esser et al. 2021, eq. 7)")
+    adaptive_max: float = Field(1.0, gt=0, description="clamp of the adaptive weight (Esser et al. 2021, eq. 7)")
     discriminator_channels: PositiveInt = 64
     discriminator_layers: PositiveInt = Field(3, description="halvings; a verdict sees 70 x 70 pixels at 3, 34 at 2")
     r1: float = Field(0.0, ge=0, description="gradient penalty on real pictures (Mescheder et al. 2018, eq. 9)")
@@ -326,7 +326,9 @@ class TrainingConfig(Section):
     decay_from: Fraction = Field(0.3, description="share of the budget after which the learning rate falls")
     clip: float = Field(1.0, gt=0)
     ema: EMAConfig = EMAConfig()
-    times: Literal["uniform", "logit_normal"] = Field("uniform", description="stratified over the batch")
+    times: Literal["uniform", "logit_normal", "log_uniform"] = Field(
+        "uniform", description="stratified over the batch; log_uniform dwells on little noise (classifiers)"
+    )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     seed: int = 0
