@@ -126,6 +126,19 @@ class Checkpoints:
                 ranked.append((state["held_out"], -images, Checkpoint(path, images, state)))
         return min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint's directory, unverified."""
+        found = self._found()
+        return found[-1][1] if found else None
+
+    def begin(self, config: RunConfig) -> None:
+        """Make the run's directory and write its recipe. Raises LimnerError where that can't be done."""
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            _replace(self.run / "config.yaml", lambda path: configuration.dump(config, path))
+        except OSError as error:
+            raise self._failure(self.run, error) from error
+
     def publish(self, average: Tensors, config: RunConfig) -> None:
         """Make `average` the run's model, and `config` its recipe; each file changes in one move."""
         try:

@@ -79,7 +79,8 @@ def by_band(name: str, values: Tensor, t: Tensor) -> dict[str, Tensor]:
 
 def total(values: Tensor) -> Tensor:
     """Sum and count of per-row `values` (B,), for `Losses.logs`."""
-    return torch.stack([values.detach().float().sum(), torch.tensor(float(len(values)), device=values.device)])
+    sum_ = values.detach().float().sum()
+    return torch.stack([sum_, torch.full_like(sum_, len(values))])
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 class Means:
-    """Averages of logs, kept on the device."""
+    """Averages of logs, kept on the device. What isn't finite is left out: bad steps are counted elsewhere."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -98,6 +99,12 @@ class Means:
         for name, value in logs.items():
             pair = value.detach().float()
             pair = torch.stack([pair, torch.ones_like(pair)]) * share if pair.ndim == 0 else pair
+            pair = torch.where(torch.isfinite(pair).all(), pair, 0.0)
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def merge(self, other: Means) -> None:
+        """Take in another's sums."""
+        for name, pair in other._sums.items():
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def read(self) -> dict[str, float]:

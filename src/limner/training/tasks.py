@@ -16,12 +16,15 @@ from limner.config import RunConfig
 from limner.core.denoiser import network_time, per_image
 from limner.core.losses import DiffusionLoss, LossTerms, stratified_times
 from limner.errors import LimnerError
-from limner.training import preview
+from limner.generator import Generator
 from limner.training.draws import Part, Source
 from limner.training.task import Losses, Means, Task, by_band, to_device, total
 
 HELD_OUT_BATCH = 64
 HELD_OUT_SEED = 0
+PREVIEW_SEED = 0
+EARLIEST = 1e-3
+"""Where log-uniform times begin."""
 CONTINUOUS_STEPS = 1000
 """Steps of the variational bound where the schedule is continuous."""
 
@@ -39,13 +42,13 @@ class DiffusionTask(Task):
         self.networks = (model.network,)
         self.hidden = hidden_weights(model)
         self.loss = _loss(config)
-        self._preview_cond, self._captions = preview_conditions(config, data)
+        self._preview, self._captions = preview_options(config, data)
 
     def losses(self, batch: Mapping[str, Any], rng: torch.Generator, progress: float) -> Losses:
         """The (weighted, with a learned variance hybrid) loss, and the same by noise band."""
         part: Part = batch["part"]
         seed = self.config.training.seed
-        t = part.of(stratified_times(part.total, part.generator(seed, "times"), self.config.training.times))
+        t = drawn_times(part, self.config)
         terms = self._terms(self.model, batch, part, seed, t, self._dropped(part))
         logs = {"loss": terms.loss.detach().mean(), **by_band("loss", terms.loss, t)}
         if terms.vb is not None:
@@ -68,10 +71,6 @@ class DiffusionTask(Task):
             for section in self.config.conditions
         }
 
-    def decode(self, samples: Tensor, model: build.Model) -> Tensor:
-        """Samples of the model's space as pictures in [-1, 1]."""
-        return samples
-
     def held_out(self, average: nn.Module, data: Source) -> dict[str, float]:
         """`held_out_loss`, and the same by noise band; the same rows, times and noise each time, nothing dropped."""
         assert isinstance(average, build.Model)
@@ -82,10 +81,11 @@ class DiffusionTask(Task):
         return means.read()
 
     def preview(self, average: nn.Module) -> tuple[npt.NDArray[np.uint8], list[str]]:
-        """Samples of the averaged model by the recipe's sampling defaults."""
+        """Samples of the averaged model by the recipe's sampling defaults, always from the same noise."""
         assert isinstance(average, build.Model)
-        samples = preview.sample(average, self.config, self._preview_cond, len(self._captions))
-        return preview.to_uint8(self.decode(samples, average)), self._captions
+        options = {"num": len(self._captions), "seed": PREVIEW_SEED, **self._preview}
+        device = next(average.parameters()).device
+        return Generator(self.config, average, device=device).sample(output="array", **options), self._captions
 
 
 class ClassifierTask(Task):
@@ -108,8 +108,8 @@ class ClassifierTask(Task):
     def losses(self, batch: Mapping[str, Any], rng: torch.Generator, progress: float) -> Losses:
         """Cross-entropy with label smoothing; accuracy and loss by noise band."""
         part: Part = batch["part"]
-        seed, times = self.config.training.seed, self.config.training.times
-        t = part.of(stratified_times(part.total, part.generator(seed, "times"), times))
+        seed = self.config.training.seed
+        t = drawn_times(part, self.config)
         loss, logs = self._terms(self.model, batch, part, seed, t, self.config.label_smoothing)
         return Losses({"model": loss.mean()}, {"loss": total(loss), **logs, **by_band("loss", loss, t)})
 
@@ -150,6 +150,14 @@ def encoded(batch: Mapping[str, Any], config: RunConfig) -> Tensor:
     return x0.contiguous(memory_format=torch.channels_last)
 
 
+def drawn_times(part: Part, config: RunConfig) -> Tensor:
+    """Times (B,) float64 of these rows, one in each stratum over the whole step; `log_uniform`: uniform in log t."""
+    kind, generator = config.training.times, part.generator(config.training.seed, "times")
+    if kind == "log_uniform":
+        return EARLIEST ** (1.0 - part.of(stratified_times(part.total, generator)))
+    return part.of(stratified_times(part.total, generator, kind))
+
+
 def held_out_batches(data: Source, module: nn.Module) -> Iterator[tuple[dict[str, Any], Part, Tensor]]:
     """Batches of the held-out rows on the module's device, and the times of their rows, spread evenly over all."""
     device = next(module.parameters()).device
@@ -170,19 +178,18 @@ def hidden_weights(model: build.Model) -> list[str]:
     ]
 
 
-def preview_conditions(config: RunConfig, data: Source) -> tuple[dict[str, Any], list[str]]:
-    """What the previews are asked for, and their captions: labels in rotation, or the conditions of the first
-    held-out rows."""
+def preview_options(config: RunConfig, data: Source) -> tuple[dict[str, Any], list[str]]:
+    """What `Generator.sample` is asked for in a preview, and the captions: the classes in rotation, or the conditions
+    of the first held-out rows."""
     count, kinds = config.training.previews, [section.kind for section in config.conditions]
+    if not kinds:
+        return {"guidance": 1.0}, [""] * count
     if kinds == ["label"]:
         names = config.classes or ()
-        labels = [number % len(names) for number in range(count)]
-        return {"label": torch.tensor(labels)}, [names[label] for label in labels]
-    if not kinds:
-        return {}, [""] * count
+        return {}, [names[number % len(names)] for number in range(count)]
     batch = data.batch(np.concatenate([data.held_out, data.train])[:count])
-    cond = {kind: batch[kind] for kind in kinds}
-    return cond, list(cond["text"]) if "text" in cond else [""] * len(batch["image"])
+    options = {kind: batch[kind] for kind in kinds}
+    return options, list(options["text"])
 
 
 def _loss(config: RunConfig) -> DiffusionLoss:

@@ -1,0 +1,102 @@
+"""How the machine is used: compilation, and the average of gradients over processes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from limner.config import TrainingConfig
+
+COMPILE_PAYS_S = 360.0
+"""Compiling takes one to two minutes on two cores and gains ten to thirty per cent after."""
+COMPILE_PAYS_IMAGES = 300_000
+_BUCKET_BYTES = 64 * 2**20
+
+Result = TypeVar("Result")
+
+
+def tune(device: torch.device) -> None:
+    """Settings of the whole process that cost no accuracy that training would notice."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu":
+        torch.set_flush_denormal(True)  # moments that die away would take a hundred times longer as denormals
+
+
+def wants_compile(config: TrainingConfig) -> bool:
+    """Whether to compile: as the recipe says, or where a compiler is found and the whole budget is long enough to earn
+    it back. It depends on the recipe and the machine alone, so that a resumed run computes as before."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    long_enough = (config.budget_s or 0) >= COMPILE_PAYS_S or (
+        config.budget_s is None and (config.images or 0) >= COMPILE_PAYS_IMAGES
+    )
+    compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+    return long_enough and compiler and sys.platform != "win32"
+
+
+class Compiled:
+    """Networks compiled in place, which leaves the names of their weights alone; taken back when it fails.
+
+    The first step is the trial: whatever the compiler raises there is said in one line, and the plain networks go on.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], wanted: bool, say: Callable[[str], None]) -> None:
+        self._networks = list(networks) if wanted else []
+        self._on_trial = wanted
+        self._say = say
+        for network in self._networks:
+            network.compile(dynamic=False)
+
+    def attempt(self, step: Callable[[], Result]) -> Result:
+        """What `step` returns. Where the first one fails with compiled networks it is run again with plain ones."""
+        try:
+            result = step()
+        except Exception as error:
+            if not self._on_trial:
+                raise
+            self.undo()
+            self._say(f"torch.compile failed ({' '.join(str(error).split())[:160]}); going on without it")
+            result = step()
+        self._on_trial = False
+        return result
+
+    def undo(self) -> None:
+        """Plain networks again."""
+        for network in self._networks:
+            network._compiled_call_impl = None
+        self._networks, self._on_trial = [], False
+
+
+def average_over_processes(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, a few buffers at a time. Every process gives the same shapes.
+
+    In place of a wrapper around the module: that would rename weights, allow one forward method only, and not permit
+    a step in which two modules have losses of their own.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([t.flatten() for t in bucket])
+        mean = accelerator.reduce(flat, reduction="mean")
+        assert isinstance(mean, Tensor)
+        for tensor, part in zip(bucket, mean.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(t.numel() * t.element_size() for t in bucket) >= _BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
