@@ -1,0 +1,97 @@
+"""From what a user asks for to a complete recipe: preset, overrides, then what only the data can tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limner import build, config
+from limner.config import RunConfig
+from limner.data.dataset import Dataset
+from limner.errors import LimnerError
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+_MULTIPLES = {"": 1, "k": 1_000, "m": 1_000_000}
+
+
+def seconds(budget: str | float) -> float:
+    """Seconds of a budget such as "20m", "1h30m", "90s", or a number. Raises LimnerError."""
+    if isinstance(budget, int | float):
+        total = float(budget)
+    else:
+        match = _DURATION.fullmatch(budget.strip().lower())
+        parts = [float(part or 0) for part in match.groups()] if match else [0.0]
+        total = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not 0 < total < float("inf"):
+        raise LimnerError(f"budget '{budget}': should be a time such as 20m, 1h30m or 90s")
+    return total
+
+
+def count(images: str | int) -> int:
+    """A number of images such as "2M", "500k" or 200000. Raises LimnerError."""
+    text = str(images).strip().lower().replace("_", "").replace(",", "")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text)
+    number = int(float(match[1]) * _MULTIPLES[match[2]]) if match else 0
+    if number < 1:
+        raise LimnerError(f"images '{images}': should be a number such as 2M, 500k or 200000")
+    return number
+
+
+def raw_recipe(preset: str, *, source: str | None, settings: Sequence[str], budget: str | float | None,
+               images: str | int | None, seed: int | None) -> dict[str, Any]:  # fmt: skip
+    """A preset, or a recipe file of one's own (`.yaml`), with everything that was asked for on top."""
+    raw = config.read_yaml(preset) if preset.endswith((".yaml", ".yml")) else build.preset(preset)
+    raw = config.override(raw, list(settings))
+    if source is not None:
+        raw.setdefault("data", {})["source"] = source
+    training = raw.setdefault("training", {})
+    if budget is not None:
+        training["budget_s"] = seconds(budget)
+        training.setdefault("images", None)
+    if images is not None:
+        training["images"] = count(images)
+        if budget is None:
+            training["budget_s"] = None
+    if seed is not None:
+        training["seed"] = seed
+    return raw
+
+
+def for_classifier(raw: dict[str, Any], run: RunConfig, where: Path) -> dict[str, Any]:
+    """The recipe of a classifier that guides `run`: its schedule, space, picture size and classes are the run's."""
+    stored = run.model_dump(mode="json")
+    data = {**stored["data"], **{k: v for k, v in raw.get("data", {}).items() if v is not None}}
+    data |= {"size": stored["data"]["size"], "channels": stored["data"]["channels"]}
+    process = {**stored["process"], "learned_variance": False}
+    classes = stored["classes"] if any(s.kind == "label" for s in run.conditions) else None
+    return {**raw, "task": "classifier", "data": data, "process": process, "space": stored["space"],
+            "classes": classes, "conditions": [], "provenance": {"for": str(where)}}  # fmt: skip
+
+
+def wants(recipe: RunConfig) -> set[str]:
+    """The conditions that every row of the data must have."""
+    if recipe.task == "classifier":
+        return {"label"}
+    return {section.kind for section in recipe.conditions} if recipe.task == "diffusion" else set()
+
+
+def complete(recipe: RunConfig, data: Dataset, where: str) -> RunConfig:
+    """The recipe with what the data tell: picture size and class names, then checked to be buildable."""
+    names = data.class_names
+    if recipe.classes is not None and names is not None and tuple(names) != tuple(recipe.classes):
+        raise LimnerError(f"{where}: its classes are {_some(names)}, those of the recipe {_some(recipe.classes)}")
+    filled: dict[str, Any] = recipe.model_dump(mode="json")
+    filled["data"] |= {"size": list(data.size), "channels": data.channels}
+    filled["classes"] = list(names) if names is not None else filled["classes"]
+    return config.parse(filled, where)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "")
+
+
+def provenance(raw: Mapping[str, Any], preset: str, version: str) -> dict[str, Any]:
+    """Where a run came from, for its `config.yaml`."""
+    return {**raw.get("provenance", {}), "preset": preset, "limner": version}
