@@ -342,6 +342,11 @@ class TrainingConfig(Section):
     patience: PositiveInt = Field(5, description="classifier: held-out rounds without a better one before it ends")
     trackers: tuple[str, ...] = Field((), description="tensorboard, wandb, trackio")
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads `off` as False
+
 
 class SamplingConfig(Section):
     """Defaults of `limner sample` for this run."""
