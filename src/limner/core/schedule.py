@@ -39,10 +39,11 @@ LOG_SNR_LIMIT = 11.0
 
 
 def _float64(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value).detach().to("cpu", torch.float64)
+    return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
 
 
 def _like(result: Tensor, value: Tensor | float) -> Tensor:
+    """In the dtype and on the device of the argument; float64 on the CPU for a Python number."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return result
     return result.to(value.device, value.dtype)
@@ -144,8 +145,9 @@ class DiscreteSchedule(Schedule):
             betas = _zero_terminal_snr(betas)
         self.betas = torch.from_numpy(betas)
         self.alphas_bar = torch.from_numpy(np.cumprod(1 - betas))
-        self._variance = torch.cat([torch.zeros(1, dtype=torch.float64), 1 - self.alphas_bar])  # at t = 0, 1/T, ..., 1
-        self._table = torch.log1p(-self._variance) - self._variance.log()
+        self._signal = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar])  # at t = 0, 1/T, ..., 1
+        self._noise = 1 - self._signal
+        self._table = self._signal.log() - self._noise.log()
 
     @property
     def steps(self) -> int:
@@ -154,20 +156,23 @@ class DiscreteSchedule(Schedule):
     def _log_snr(self, t: Tensor) -> Tensor:
         position = t * self.steps
         left = position.floor().long().clamp(0, self.steps - 1)
-        weight = position - left
-        linear = torch.lerp(self._table[left], self._table[left + 1], weight)
-        variance = torch.lerp(self._variance[left], self._variance[left + 1], weight)
-        return torch.where(self._finite(left), linear, torch.log1p(-variance) - variance.log())
+        linear, signal, noise = (
+            torch.lerp(table[left], table[left + 1], position - left)
+            for table in (self._table, self._signal, self._noise)
+        )
+        return torch.where(self._finite(left), linear, signal.log() - noise.log())
 
     def _t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         left = (torch.searchsorted(-self._table, -log_snr) - 1).clamp(0, self.steps - 1)
-        from_, to = self._table[left], self._table[left + 1]
-        variance = torch.sigmoid(-log_snr)
-        v_from, v_to = self._variance[left], self._variance[left + 1]
-        weight = torch.where(
-            self._finite(left), (log_snr - from_) / (to - from_), (variance - v_from) / (v_to - v_from)
-        )
-        return (left + weight.clamp(0, 1)) / self.steps
+
+        def weight(value: Tensor, table: Tensor) -> Tensor:
+            return (value - table[left]) / (table[left + 1] - table[left])
+
+        signal = weight(torch.sigmoid(log_snr), self._signal)
+        noise = weight(torch.sigmoid(-log_snr), self._noise)
+        by_variance = torch.where(log_snr > 0, noise, signal)  # the smaller of the two, for the digits
+        inside = torch.where(self._finite(left), weight(log_snr, self._table), by_variance)
+        return (left + inside.clamp(0, 1)) / self.steps
 
     def _finite(self, left: Tensor) -> Tensor:
         return self._table[left].isfinite() & self._table[left + 1].isfinite()
