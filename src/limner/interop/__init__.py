@@ -1,1 +1,6 @@
-"""The peers' checkpoints in, the ecosystem's formats out."""
+"""Checkpoints of other projects, read safely and strictly."""
+
+from limner.interop.imported import Imported
+from limner.interop.reading import read
+
+__all__ = ["Imported", "read"]

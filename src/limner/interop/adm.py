@@ -315,12 +315,8 @@ HEADS: dict[str, tuple[Rule, ...]] = {
 def _table(found: Structure, config: c.RunConfig, flags: Flags) -> list[Rule]:
     model = config.model
     assert isinstance(model, c.UNetConfig | c.ClassifierConfig)
-    heads, head_dim = model.heads, model.head_dim
-
-    def heads_of(channels: int) -> int:
-        return heads or max(1, channels // (head_dim or channels))
-
-    attention = unet_keys.self_attention(heads_of, heads_outside=not flags["use_new_attention_order"])
+    legacy = not flags["use_new_attention_order"]
+    attention = unet_keys.self_attention(unet_keys.heads_of(model), heads_outside=legacy)
     ends = unet_keys.ENDS if found.pool is None else (*unet_keys.STEM, *HEADS[found.pool])
     network = under("", "network.", [*ends, *unet_keys.blocks(attention)])
     return [*network, rule("label_emb", "conditioner.modalities.label.table")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +34,13 @@ def shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
 
 def imported(config: RunConfig, weights: Weights, rules: Sequence[Rule], where: str, *, ignore: Sequence[str] = (),
-             notes: Sequence[str] = ()) -> Imported:  # fmt: skip
-    """Rename the weights for a recipe, strictly, and make them float32. Warns of NaN; raises LimnerError."""
-    state = as_float32(convert(weights, rules, shapes(config), where=where, ignore=ignore))
+             given: Mapping[str, Tensor] | None = None, notes: Sequence[str] = ()) -> Imported:  # fmt: skip
+    """Rename the weights for a recipe, strictly, and make them float32. Warns of NaN; raises LimnerError.
+
+    given: weights that the source says in another way than by a weight of its own.
+    """
+    given = given or {}
+    targets = {name: shape for name, shape in shapes(config).items() if name not in given}
+    state = as_float32({**convert(weights, rules, targets, where=where, ignore=ignore), **given})
     warn_of_nan(state, where)
     return Imported(config, state, tuple(notes))

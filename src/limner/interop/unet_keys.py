@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from limner.config import ClassifierConfig, UNetConfig
 from limner.interop.keymap import Rule, heads_inside, joined, pointwise, rule, under
 
 RESBLOCK = (
@@ -33,9 +34,14 @@ PLACES = (
 )
 
 
-def self_attention(heads_of: Callable[[int], int], *, heads_outside: bool) -> list[Rule]:
+def heads_of(model: UNetConfig | ClassifierConfig) -> Callable[[int], int]:
+    """The number of heads by the number of channels, as `nn.unet.Blocks` has it."""
+    return lambda channels: model.heads or max(1, channels // (model.head_dim or channels))
+
+
+def self_attention(heads: Callable[[int], int], *, heads_outside: bool) -> list[Rule]:
     """An attention block. heads_outside: its rows are ordered (head, q/k/v, channel), which is the legacy order."""
-    qkv = pointwise(1).then(heads_inside(heads_of)) if heads_outside else pointwise(1)
+    qkv = pointwise(1).then(heads_inside(heads)) if heads_outside else pointwise(1)
     return [rule("norm", "norm"), rule("qkv", "qkv", qkv), rule("proj_out", "out", pointwise(1))]
 
 
