@@ -133,6 +133,8 @@ def train(
     complete = recipe.complete(wanted, pictures, str(wanted.data.source))
     torch.manual_seed(complete.training.seed)
     model = build.model(complete)
+    if model.conditioner is not None and pictures.texts is not None:
+        model.conditioner.learn({"text": [pictures.texts[row] for row in pictures.train]})
     if complete.task == "classifier":
         made: Any = ClassifierTask(model, complete)
     elif complete.task == "autoencoder":
@@ -168,6 +170,8 @@ def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task |
         raise LimnerError("--for: goes with --task classifier")
     if not raw.get("data", {}).get("source"):
         raise LimnerError("no data: name a folder, a Parquet file, a WebDataset tar or a hub's data set")
+    if preset == "default":
+        raw = recipe.automatic(raw)
     raw["provenance"] = recipe.provenance(raw, preset, __version__)
     return config.parse(raw, preset)
 

@@ -17,6 +17,7 @@ from limner.nn.autoencoder import Autoencoder
 from limner.nn.classifier import NoisyClassifier
 from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
 from limner.nn.quantizer import VectorQuantizer
+from limner.nn.text import PretrainedEncoder, PretrainedTokenizer, TextConditioner, TextTransformer, Vocabulary
 from limner.nn.unet import Level, UNet
 
 SCHEDULES = {
@@ -114,7 +115,23 @@ def conditioner(config: c.RunConfig, emb_channels: int) -> Conditioner | None:
                 raise LimnerError("classes: a label condition needs the names of the classes; the data has none")
             width = section.width or emb_channels
             modalities["label"] = LabelConditioner(len(config.classes), width, enters=section.enters, null=section.null)
+        else:
+            modalities["text"] = text_conditioner(section, emb_channels)
     return Conditioner(modalities) if modalities else None
+
+
+def text_conditioner(section: c.TextCondition, emb_channels: int) -> TextConditioner:
+    """tau for captions; a vocabulary is empty until `learn` or a run's weights fill it."""
+    encoder = section.encoder
+    if isinstance(encoder, c.PretrainedText):
+        parts: tuple[nn.Module, nn.Module] = (PretrainedTokenizer(encoder.name, encoder.length),
+                                              PretrainedEncoder(encoder.name, encoder.length))  # fmt: skip
+    else:
+        heads = encoder.heads or max(1, encoder.width // encoder.head_dim)
+        parts = (Vocabulary(encoder.vocabulary, encoder.length),
+                 TextTransformer(encoder.vocabulary, encoder.width, encoder.depth, encoder.length, heads=heads,
+                                 head_dim=encoder.head_dim, masked=encoder.masked))  # fmt: skip
+    return TextConditioner(*parts, emb_channels if section.pooled else None, null=section.null)
 
 
 def model(config: c.RunConfig) -> Model:
@@ -137,18 +154,11 @@ def model(config: c.RunConfig) -> Model:
     first_stage = None
     if isinstance(config.space, c.LatentSpace):
         first_stage = autoencoder(config.space.autoencoder, config.data.channels).freeze()
+    token_channels = None if tau is None else tau.token_channels
     try:
-        return Model(UNet(channels, out, levels, token_channels=token_channels(config), **options), tau, first_stage)
+        return Model(UNet(channels, out, levels, token_channels=token_channels, **options), tau, first_stage)
     except ValueError as error:
         raise LimnerError(f"model.levels: {error}") from None
-
-
-def token_channels(config: c.RunConfig) -> int | None:
-    """Width of the tokens that cross-attention sees, or None where no condition gives any."""
-    for section in config.conditions:
-        if isinstance(section, c.LabelCondition) and section.enters == "token":
-            return section.width
-    return None
 
 
 def step_time(step: Tensor, config: c.RunConfig) -> Tensor:

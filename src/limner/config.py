@@ -237,7 +237,9 @@ class BPEText(Section):
     width: PositiveInt = 128
     depth: PositiveInt = 2
     head_dim: PositiveInt = 64
-    length: PositiveInt = 32
+    heads: PositiveInt | None = Field(None, description="default: width / head_dim")
+    length: PositiveInt = Field(32, description="tokens a caption, with its start and end marks; longer ones are cut")
+    masked: bool = Field(True, description="False: padding is attended to, as in CompVis' model")
 
 
 class PretrainedText(Section):
@@ -255,6 +257,7 @@ class TextCondition(Section):
     dropout: Fraction = 0.1
     encoder: Annotated[BPEText | PretrainedText, Field(discriminator="kind")] = BPEText()
     pooled: bool = Field(True, description="a pooled vector into AdaGN besides the tokens")
+    null: Literal["learned", "empty"] = Field("learned", description="empty: an absent caption is the empty one")
 
 
 ConditionConfig = Annotated[LabelCondition | TextCondition, Field(discriminator="kind")]

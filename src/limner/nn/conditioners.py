@@ -33,7 +33,7 @@ class Embedded:
     @staticmethod
     def cat(parts: Sequence[Embedded]) -> Embedded:
         """One batch of several, in order; shorter token sequences are padded and masked."""
-        length = max(p.tokens.shape[1] for p in parts) if parts[0].tokens is not None else 0
+        length = max((p.tokens.shape[1] for p in parts if p.tokens is not None), default=0)
         padded = [p.padded(length) for p in parts]
         return Embedded(*(_cat([getattr(p, name) for p in padded], 0) for name in FIELDS))
 
@@ -81,6 +81,7 @@ class LabelConditioner(nn.Module):
                  null: bool = True) -> None:  # fmt: skip
         super().__init__()
         self.classes, self.enters, self.null = classes, enters, null
+        self.token_channels = width if enters == "token" else None
         self.table = nn.Embedding(classes + null, width)
 
     def forward(self, label: Tensor | None, batch: int, drop: Tensor | None = None) -> Embedded:
@@ -100,6 +101,17 @@ class Conditioner(nn.Module):
     def __init__(self, modalities: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.modalities = nn.ModuleDict(modalities)
+        widths = {name: m.token_channels for name, m in modalities.items() if m.token_channels is not None}
+        if len(set(widths.values())) > 1:
+            said = ", ".join(f"{name} {width}" for name, width in widths.items())
+            raise LimnerError(f"conditions: their tokens should be of one width for cross-attention, are {said}")
+        self.token_channels: int | None = next(iter(widths.values())) if widths else None  # pyright: ignore
+
+    def learn(self, values: Mapping[str, Sequence[str]]) -> None:
+        """Let each modality that learns from data before training do so (the vocabulary of captions)."""
+        for name, module in self.modalities.items():
+            if name in values and hasattr(module, "learn"):
+                module.learn(values[name])  # pyright: ignore[reportCallIssue]
 
     def forward(self, cond: Mapping[str, Any], batch: int, drop: Mapping[str, Tensor] | None = None) -> Embedded:
         """cond: by modality, an absent one is null; drop: rows (B,) bool to treat as absent, by modality.
