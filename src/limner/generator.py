@@ -75,7 +75,7 @@ class Generator:
     device: torch.device = field(default_factory=best_device)
 
     def __post_init__(self) -> None:
-        self.model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        build.ready(self.model, self.device)
         self.schedule = build.schedule(self.config)
         self.shape = build.space_shape(self.config)
 
@@ -88,6 +88,10 @@ class Generator:
     def classes(self) -> tuple[str, ...]:
         """Names of the labels, in order; empty for a model without labels."""
         return tuple(self.config.classes or ()) if "label" in self.modalities else ()
+
+    def settings(self, **given: Any) -> Settings:
+        """Complete settings from those given; None, or left out, stands for the run's own. Raises LimnerError."""
+        return Settings.of(given).resolved(self.config.sampling)
 
     # --- drawing --------------------------------------------------------------------------------------------------
 
@@ -134,7 +138,7 @@ class Generator:
         on_step(Step): told after each step of each batch. settings: the fields of `Settings`, such as guidance,
         sampler, steps, spacing.
         """
-        asked = Settings.of(settings).resolved(self.config.sampling)
+        asked = self.settings(**settings)
         given = None if initial_noise is None else len(initial_noise)
         if isinstance(classifier, NoisyClassifier) and "label" not in self.modalities:
             label, classifier_label = None, label if classifier_label is None else classifier_label

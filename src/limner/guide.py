@@ -25,9 +25,9 @@ Labels = int | str | Sequence[int | str] | Tensor | npt.NDArray[np.integer[Any]]
 
 def label_numbers(labels: Labels, classes: Sequence[str]) -> Tensor:
     """Class numbers (N,) int64 of names or numbers, one or many. Raises LimnerError with the nearest names."""
-    if isinstance(labels, Tensor | np.ndarray):
-        labels = labels.tolist()
-    each = [labels] if isinstance(labels, int | str) else list(labels)
+    if isinstance(labels, int | str):
+        labels = [labels]
+    each = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else labels
     return torch.tensor([_label_number(label, classes) for label in each], dtype=torch.int64)
 
 
@@ -56,7 +56,7 @@ class NoisyClassifier:
     device: torch.device = field(default_factory=best_device)
 
     def __post_init__(self) -> None:
-        self.model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        build.ready(self.model, self.device)
         self.schedule = build.schedule(self.config)
 
     @property

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from limner import build, config
-from limner.config import RunConfig
+from limner.config import DataConfig, RunConfig
+from limner.data.catalog import open_source
 from limner.data.dataset import Dataset
+from limner.data.roles import image_role, label_role
+from limner.data.sources import FileSpan, Source
+from limner.data.transforms import PictureError, opened, oriented_size
 from limner.errors import LimnerError
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+GRID = 16
+"""Patches along the shorter side of a picture, in the automatic recipe."""
 _MULTIPLES = {"": 1, "k": 1_000, "m": 1_000_000}
 
 
@@ -57,6 +63,30 @@ def raw_recipe(preset: str, *, source: str | None, settings: Sequence[str], budg
     if seed is not None:
         training["seed"] = seed
     return raw
+
+
+def automatic(raw: dict[str, Any]) -> dict[str, Any]:
+    """The default recipe made to fit its data: unconditional where there are no labels; 64x64, or 32x32 for pictures
+    smaller than that, on a 16x16 grid of patches. What the user has set stays."""
+    section = config.parse(raw, "recipe").data
+    source = open_source(str(section.source), section.split)
+    if label_role(source, section) is None:
+        raw = {**raw, "conditions": [], "sampling": {**raw.get("sampling", {}), "guidance": 1.0}}
+    size = section.size or (2 * (64 if min(_first_size(source, section)) >= 64 else 32,))
+    patch = max(1, min(size) // GRID)
+    return {**raw, "data": {**raw["data"], "size": list(size)}, "model": {"patch": patch, **raw["model"]}}
+
+
+def _first_size(source: Source, section: DataConfig) -> tuple[int, int]:
+    """(height, width) of the first picture that can be read, or the default size."""
+    for picture in source.pictures(image_role(source, section)):
+        try:
+            data = picture.read() if isinstance(picture, FileSpan) else picture
+            if isinstance(data, bytes):
+                return oriented_size(opened(data))
+        except (OSError, ValueError, PictureError):
+            continue
+    return 64, 64
 
 
 def for_classifier(raw: dict[str, Any], run: RunConfig, where: Path) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int, emb_channels: int, order: Literal["cos_sin", "sin_cos"], scale: float) -> None:
         super().__init__()
-        self.channels, self.order, self.scale = channels, order, scale
+        self.channels, self.scale = channels, scale
+        self.order: Literal["cos_sin", "sin_cos"] = order
         self.linear1 = nn.Linear(channels, emb_channels)
         self.linear2 = nn.Linear(emb_channels, emb_channels)
 
