@@ -87,10 +87,10 @@ def train(
         if reason is None:
             for batch in batches.stream(clock.images):
                 training.step(batch)
-                training.report()
                 reason = training.agree(stop)
                 if reason is not None:
                     break
+                training.report()
         return training.finish(reason, stop.name)
 
 
@@ -118,7 +118,7 @@ class Training:
         self.means = Means()
         self.skipped = torch.zeros((), device=self.device)
         self.bad_in_a_row = torch.zeros((), device=self.device)
-        self.steps = self.sitting_steps = self.logged_images = self.saved_images = 0
+        self.steps = self.sitting_steps = self.logged_images = 0
         self.elapsed_s = clock.elapsed_s
         self.logged_at = self.sitting_began = self.elapsed_s
         self.progress_at_start = self.lr_share = 0.0
@@ -215,15 +215,16 @@ class Training:
             name: self.clock.passed(getattr(self.settings, f"{name}_every"), self.settings.batch)
             for name in ("log", "held_out", "preview", "checkpoint")
         }
+        improved = False
         if due["log"] or due["held_out"] or due["preview"]:
-            self.log(held_out=due["held_out"], pictures=due["preview"])
-        improved = due["held_out"] and self.rank()
-        if due["checkpoint"] or (improved and self.task.best_is):
+            improved = self.log(held_out=due["held_out"], pictures=due["preview"])
+        if due["checkpoint"] or (improved and self.task.best_is is not None):
             self.save()
         self.show()
 
-    def log(self, *, held_out: bool, pictures: bool) -> None:
-        """A line of metrics, with held-out figures and previews where they are due."""
+    def log(self, *, held_out: bool, pictures: bool) -> bool:
+        """A line of metrics, with held-out figures and previews where they are due. Returns whether the held-out
+        figure is the best so far."""
         seconds = self.clock.elapsed_s
         images = self.clock.images
         rate = (images - self.logged_images) / max(seconds - self.logged_at, 1e-9)
@@ -239,6 +240,7 @@ class Training:
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=images)
         self.figures = line
         self.logged_images, self.logged_at = images, self.clock.elapsed_s
+        return held_out and self.rank()
 
     def draw(self) -> dict[str, Any]:
         """Previews as a PNG grid; their channel means and deviations, beside the data's."""
@@ -294,7 +296,6 @@ class Training:
         }
         self.checkpoints.save(self.clock.images, tensors, state)
         self.publish()
-        self.saved_images = self.clock.images
 
     def publish(self) -> None:
         """The run's model: the average, or that of the best checkpoint where the task has a best."""
@@ -338,7 +339,7 @@ class Training:
             prefix = f"{name}."
             optimizer.load_state_dict({k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)})
         state = found.state
-        self.clock.images = self.saved_images = self.logged_images = found.images
+        self.clock.images = self.logged_images = found.images
         self.clock.spent_s = state["seconds"]
         self.skipped.fill_(state["skipped"])
         self.held_out = (found.images, state["held_out"]) if state["held_out"] is not None else (-1, None)
@@ -352,9 +353,8 @@ class Training:
         hurry = reason == "signal"
         if not self.clock.images and not hurry:
             raise LimnerError(f"{self.out}: the budget was spent before the first step; give a longer --budget")
-        if self.main and self.saved_images < self.clock.images:
-            if not hurry or self.logged_images < self.clock.images:
-                self.log(held_out=not hurry and self.held_out[0] != self.clock.images, pictures=not hurry)
+        if self.main and self.sitting_steps:
+            self.log(held_out=not hurry, pictures=not hurry)
             self.save()
         elif self.main and self.clock.images:
             self.publish()
