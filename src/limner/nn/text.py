@@ -202,6 +202,7 @@ def pretrained(name: str) -> Pretrained:
     except ImportError:
         raise LimnerError(f"text encoder '{name}': needs transformers; pip install 'limner[text]'") from None
     source = minilm_folder() if name == "minilm" else name
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         loader = transformers.CLIPTextModel if config.model_type == "clip" else transformers.AutoModelForTextEncoding
