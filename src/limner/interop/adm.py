@@ -7,7 +7,8 @@ defaults; for the published models the flags are known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ CHANNEL_MULT = {
 }
 """Channels of the levels by picture size, where `channel_mult` isn't given."""
 UPSAMPLER_512_MULT = (1, 1, 2, 2, 4, 4)
+IMAGENET = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a checkpoint is to be read: its recipe, and the table from its weights' names to ours."""
+
+    config: c.RunConfig
+    rules: list[Rule]
+    notes: tuple[str, ...]
 
 
 def read(weights: Mapping[str, Tensor], path: Path, flags: Mapping[str, Any] | str | Path | None = None) -> Imported:
@@ -38,46 +49,96 @@ def read(weights: Mapping[str, Tensor], path: Path, flags: Mapping[str, Any] | s
     flags: see `adm_flags.parse`. None is enough for the published models, which are known by file name or by shape.
     Raises LimnerError where flags are needed, unknown, or contradict the weights.
     """
-    where = str(path)
-    found = structure(weights, where)
-    part: Part = "classifier" if found.is_classifier else "model"
+    made = plan(structure(weights, str(path)), path, flags)
+    return imported(made.config, weights, made.rules, str(path), notes=made.notes)
+
+
+def plan(found: Structure, path: Path, flags: Mapping[str, Any] | str | Path | None = None) -> Plan:
+    """What flags make of a network that was read off its weights; `read` says the rest."""
+    where, part = str(path), _part(found)
     notes: list[str] = []
     if flags is None:
         name = published(found, path.stem)
         if name is None:
             raise LimnerError(f"{where}: a guided-diffusion {part}; heads and schedule aren't in the weights: needs "
-                              'flags, a JSON file or "--image_size 64 ..." as given to its scripts')  # fmt: skip
+                              'flags (--flags), a JSON file or "--image_size 64 ..." as given to its '
+                              'scripts')  # fmt: skip
         notes.append(f"{where}: read as the published {name}, known by its {'name' if name == path.stem else 'shape'}")
         flags = name
     given = parse(flags, part)
     levels = _layout(found, given, where)
     for flag, right in _disagreements(found, levels, given):
-        raise LimnerError(f"{where}: flag '{flag}' says {given[flag] or 'nothing'}, but the weights have {right}")
-    settled = _settled(found, given)
-    notes += [f"{where}: flag 'use_kl' is a training loss that Limner lacks; fine-tuning uses the hybrid loss"] * bool(
-        settled["use_kl"]
-    )
+        said = "nothing" if given[flag] == "" else given[flag]
+        raise LimnerError(f"{where}: flag '{flag}' says {said}, but the weights have {right}")
+    settled = {**DEFAULTS, **(CLASSIFIER_ONLY if found.is_classifier else {}), **given}
+    if settled["use_kl"]:
+        notes.append(f"{where}: use_kl is a training loss that Limner lacks; fine-tuning uses the hybrid loss")
     config = _recipe(found, levels, settled, where)
-    return imported(config, weights, _table(found, config, settled), where, notes=notes)
+    model = config.model
+    assert isinstance(model, c.UNetConfig | c.ClassifierConfig)
+    return Plan(config, table(found, model, legacy=not settled["use_new_attention_order"]), tuple(notes))
+
+
+def recipe(flags: Mapping[str, Any] | str | Path, part: Part = "model") -> c.RunConfig:
+    """The recipe of the network that flags alone describe, as the peer's scripts would make it: for the published
+    models without their weights, say. Raises LimnerError for flags that describe none."""
+    return plan(described(flags, part), Path("flags"), flags).config
+
+
+def described(flags: Mapping[str, Any] | str | Path, part: Part = "model") -> Structure:
+    """The network that flags alone describe, for ImageNet's classes."""
+    given = parse(flags, part)
+    classifier, upsampler = part == "classifier", "large_size" in given
+    every = {**DEFAULTS, **given}
+    prefix = "classifier_" if classifier else ""
+    size = every["large_size" if upsampler else "image_size"]
+    width = every["classifier_width" if classifier else "num_channels"]
+    factors = {size // pixels for pixels in _integers(every[f"{prefix}attention_resolutions"], "attention_resolutions")}
+    blocks = every["classifier_depth" if classifier else "num_res_blocks"]
+    mult = _multipliers(every) if every["channel_mult"] else _default_multipliers(size, upsampler)
+    levels = tuple(
+        c.Level(channels=int(m * width), blocks=blocks, attention=2**i in factors, cross_attention=0)
+        for i, m in enumerate(mult)
+    )
+    pool = every["classifier_pool"] if classifier else None
+    if pool not in (None, *HEADS):
+        raise LimnerError(f"flag 'classifier_pool' is '{pool}'; should be {', '.join(HEADS)}")
+    return Structure(
+        width=width,
+        in_channels=6 if upsampler else 3,
+        out_channels=None if classifier else 6 if every["learn_sigma"] else 3,
+        layouts=(levels,),
+        resample="block" if every[f"{prefix}resblock_updown"] else "conv",
+        scale_shift=every[f"{prefix}use_scale_shift_norm"],
+        classes=IMAGENET if classifier or every["class_cond"] else None,
+        pool=pool,
+        pool_pixels=(size // 2 ** (len(mult) - 1)) ** 2 if pool == "attention" else None,
+    )
+
+
+def _default_multipliers(size: int, upsampler: bool) -> Sequence[float]:
+    known = {**CHANNEL_MULT, 512: UPSAMPLER_512_MULT} if upsampler else CHANNEL_MULT
+    if size not in known:
+        raise LimnerError(
+            f"flags: pictures of {size} need channel_mult; without it should be of {', '.join(map(str, known))}"
+        )
+    return known[size]
+
+
+def _part(found: Structure) -> Part:
+    return "classifier" if found.is_classifier else "model"
 
 
 def published(found: Structure, stem: str) -> str | None:
     """The published model that a network is: by its file's name where the shapes agree, else by shape alone."""
-    part: Part = "classifier" if found.is_classifier else "model"
-    agreeing = [name for name in PUBLISHED if _is_published(found, name, part)]
+    agreeing = [name for name in PUBLISHED if _is_published(found, name)]
     return stem if stem in agreeing else agreeing[0] if agreeing else None
 
 
-def _is_published(found: Structure, name: str, part: Part) -> bool:
-    if name.endswith("classifier") != found.is_classifier or name.endswith("upsampler") != _is_upsampler(found, {}):
-        return False
-    flags = {**DEFAULTS, **parse(name, part)}
-    size = _size(found, flags)
-    mult = UPSAMPLER_512_MULT if _is_upsampler(found, {}) else CHANNEL_MULT[size]
-    flags["channel_mult"] = ",".join(map(str, mult))
-    if found.pool_pixels and found.pool_pixels != (size // 2 ** (len(mult) - 1)) ** 2:
-        return False
-    return any(not list(_disagreements(found, layout, flags)) for layout in found.layouts)
+def _is_published(found: Structure, name: str) -> bool:
+    part: Part = "classifier" if name.endswith("classifier") else "model"
+    wanted = described(name, part)
+    return any(replace(found, layouts=(layout,)) == wanted for layout in found.layouts)
 
 
 def _is_upsampler(found: Structure, given: Flags) -> bool:
@@ -184,12 +245,6 @@ def _channels(found: Structure, given: Flags) -> int:
 
 
 # --- the recipe ----------------------------------------------------------------------------------------------------
-
-
-def _settled(found: Structure, given: Flags) -> Flags:
-    """Every flag: given, or the peer's default, which for heads differs between its two networks."""
-    defaults = {**DEFAULTS, **(CLASSIFIER_ONLY if found.is_classifier else {})}
-    return {**defaults, **given}
 
 
 def _recipe(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: str) -> c.RunConfig:
@@ -312,10 +367,8 @@ HEADS: dict[str, tuple[Rule, ...]] = {
 """The classifier's head by its pooling. Its own attention has the new order of rows, whatever the body's."""
 
 
-def _table(found: Structure, config: c.RunConfig, flags: Flags) -> list[Rule]:
-    model = config.model
-    assert isinstance(model, c.UNetConfig | c.ClassifierConfig)
-    legacy = not flags["use_new_attention_order"]
+def table(found: Structure, model: c.UNetConfig | c.ClassifierConfig, *, legacy: bool) -> list[Rule]:
+    """From the peer's names to those of `build.model`. legacy: the body's attention has its rows head by head."""
     attention = unet_keys.self_attention(unet_keys.heads_of(model), heads_outside=legacy)
     ends = unet_keys.ENDS if found.pool is None else (*unet_keys.STEM, *HEADS[found.pool])
     network = under("", "network.", [*ends, *unet_keys.blocks(attention)])

@@ -34,11 +34,20 @@ NETWORK_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """`params` of one object of the YAML, its class's name, and where it stands, for messages."""
+    """`params` of one object of the YAML, its class's name, and where it stands (`model.unet_config`)."""
 
     params: Mapping[str, Any]
     target: str
-    where: str
+    file: str
+    place: str = ""
+
+    @property
+    def where(self) -> str:
+        """File and place, for messages."""
+        return f"{self.file}: {self.place}"
+
+    def inner(self, name: str) -> str:
+        return f"{self.place}.{name}" if self.place else name
 
     def get(self, name: str, default: Any) -> Any:
         value = self.params.get(name, default)
@@ -46,22 +55,22 @@ class Settings:
 
     def need(self, name: str) -> Any:
         if self.params.get(name) is None:
-            raise LimnerError(f"{self.where}.{name}: is missing")
+            raise LimnerError(f"{self.file}: {self.inner(name)}: is missing")
         return self.params[name]
 
     def part(self, name: str) -> Settings:
         """An object inside this one: `{target: package.Class, params: {...}}`."""
         raw = self.need(name)
-        where = f"{self.where}.{name}"
+        place = self.inner(name)
         if not isinstance(raw, Mapping) or not isinstance(raw.get("target"), str):
-            raise LimnerError(f"{where}: should be a mapping with `target` and `params`, is {str(raw)[:60]!r}")
-        return Settings(raw.get("params") or {}, raw["target"].split(".")[-1], where)
+            raise LimnerError(f"{self.file}: {place}: should have `target` and `params`, is {str(raw)[:60]!r}")
+        return Settings(raw.get("params") or {}, raw["target"].split(".")[-1], self.file, place)
 
     def complete(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of a class. Raises LimnerError for one that it doesn't have."""
         for name in self.params:
             if name not in defaults:
-                raise LimnerError(f"{self.where}.{name}: unknown argument{suggest(str(name), defaults)}")
+                raise LimnerError(f"{self.file}: {self.inner(name)}: unknown argument{suggest(str(name), defaults)}")
         return {**defaults, **{name: value for name, value in self.params.items() if value is not None}}
 
 
@@ -78,7 +87,7 @@ def recipe(settings: Settings, where: str) -> c.RunConfig:
         size = settings.need("ddconfig")["resolution"]
         raw = {"task": "autoencoder", "model": autoencoder(settings), "data": {"size": size},
                "training": {"precision": "fp32"}, "provenance": provenance}  # fmt: skip
-        return c.parse(raw, settings.where)
+        return c.parse(raw, settings.file)
     unet = settings.part("unet_config")
     arguments = unet.complete(UNET_DEFAULTS)
     latent = settings.params.get("first_stage_config") is not None
@@ -97,7 +106,7 @@ def recipe(settings: Settings, where: str) -> c.RunConfig:
         "training": {"precision": "fp32"},
         "provenance": {**provenance, "new_attention_order": arguments["use_new_attention_order"]},
     }  # fmt: skip
-    return c.parse(raw, settings.where)
+    return c.parse(raw, settings.file)
 
 
 def _image_channels(settings: Settings) -> int:
@@ -120,7 +129,7 @@ def autoencoder(settings: Settings) -> dict[str, Any]:
     """An AutoencoderKL or VQModel as a section of a recipe."""
     if settings.target not in AUTOENCODERS:
         raise LimnerError(f"{settings.where}: {settings.target} has no counterpart; {', '.join(AUTOENCODERS)} have")
-    inner = Settings(settings.need("ddconfig"), "", f"{settings.where}.ddconfig")
+    inner = Settings(settings.need("ddconfig"), "", settings.file, settings.inner("ddconfig"))
     arguments = inner.complete(NETWORK_DEFAULTS)
     _refuse(arguments, {"use_linear_attn": False, "tanh_out": False, "give_pre_end": False}, inner.where)
     if arguments["attn_type"] not in ("vanilla", "none"):

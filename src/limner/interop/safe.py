@@ -141,13 +141,13 @@ def _check_zip(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if any("/code/" in e.filename for e in entries):
+                raise LimnerError(f"{path}: a TorchScript program, not a checkpoint; refused, since it holds code")
             packed = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
             if packed is not None:
                 raise LimnerError(f"{path}: '{packed.filename}' is compressed, which PyTorch never does; refused")
             if sum(e.file_size for e in entries) > path.stat().st_size:
                 raise LimnerError(f"{path}: its parts add up to more than the file; refused")
-            if any("/code/" in e.filename for e in entries):
-                raise LimnerError(f"{path}: a TorchScript program, not a checkpoint; refused, since it holds code")
             pickles = [e for e in entries if e.filename.split("/")[-1] == "data.pkl"]
             if len(pickles) != 1:
                 raise LimnerError(f"{path}: a zip file, but no PyTorch checkpoint (it should hold one data.pkl)")
