@@ -4,7 +4,7 @@
       model.safetensors       weights in training       (a file more for each further module of the task)
       ema.safetensors         their average, which is what `run/model.safetensors` holds
       optimizer.safetensors   moments by parameter name
-      state.json              images, seconds, digests of the other files
+      state.json              images, seconds, digests of the other files and of itself
 
 A directory under its final name is whole: a process killed at any moment leaves the earlier ones and, at most, a
 `.partial-` directory that the next one clears away. All chance in training follows from the seed and the images seen
@@ -86,7 +86,8 @@ class Checkpoints:
                 _write_tensors(partial / f"{name}.safetensors", content)
             files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
             whole = {"format": FORMAT, "images": images, **state, "files": files}
-            _write_text(partial / STATE, json.dumps(whole, indent=1) + "\n")
+            whole["digest"] = _digest(whole)
+            _write_text(partial / STATE, json.dumps(whole, indent=1))
             _sync(partial)
             if final.exists():  # reached again after a resume from an earlier one
                 self._drop(final)
@@ -199,7 +200,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> None:
-    plain = {name: t.detach().to("cpu", memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(dict(_without_aliases(plain)), path, metadata={"format": "pt"})
     _sync(path)
 
@@ -251,6 +252,12 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
+def _digest(state: Mapping[str, Any]) -> str:
+    """Of all that a state says, besides this."""
+    rest = {key: value for key, value in state.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / STATE).read_text(encoding="utf-8"))
 
@@ -261,6 +268,8 @@ def _damage(path: Path) -> str | None:
         state = _read_state(path)
         if state.get("format") != FORMAT:
             return f"format {state.get('format')}, this Limner reads {FORMAT}"
+        if state["digest"] != _digest(state):
+            return f"{STATE} is not what was written"
         for name, recorded in state["files"].items():
             if _fingerprint(path / name) != recorded:
                 return f"{name} is not what was written"

@@ -178,34 +178,6 @@ def hidden_weights(model: build.Model) -> list[str]:
     ]
 
 
-def drawn_times(part: Part, config: RunConfig) -> Tensor:
-    """Times (B,) float64 of these rows, one in each stratum over the whole step; `log_uniform`: uniform in log t."""
-    kind, generator = config.training.times, part.generator(config.training.seed, "times")
-    if kind == "log_uniform":
-        return EARLIEST ** (1.0 - part.of(stratified_times(part.total, generator)))
-    return part.of(stratified_times(part.total, generator, kind))
-
-
-def held_out_batches(data: Source, module: nn.Module) -> Iterator[tuple[dict[str, Any], Part, Tensor]]:
-    """Batches of the held-out rows on the module's device, and the times of their rows, spread evenly over all."""
-    device = next(module.parameters()).device
-    rows = data.held_out
-    whole = Part(0, 0, len(rows), len(rows))
-    t = stratified_times(len(rows), whole.generator(HELD_OUT_SEED, "held out"))
-    for start in range(0, len(rows), HELD_OUT_BATCH):
-        part = Part(0, start, min(start + HELD_OUT_BATCH, len(rows)), len(rows))
-        yield to_device(data.batch(rows[part.start : part.stop]), device), part, part.of(t)
-
-
-def hidden_weights(model: build.Model) -> list[str]:
-    """The matrices and kernels between the network's stem and its last layer, which Muon may train."""
-    return [
-        f"network.{name}"
-        for name, parameter in model.network.named_parameters()
-        if parameter.ndim >= 2 and name.split(".")[0] in ("down", "middle", "up")
-    ]
-
-
 def preview_options(config: RunConfig, data: Source) -> tuple[dict[str, Any], list[str]]:
     """What `Generator.sample` is asked for in a preview, and the captions: the classes in rotation, or the conditions
     of the first held-out rows."""
