@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limner.nn.attention import AttentionPool
-from limner.nn.layers import GroupNorm, Modulation, TimeEmbedding, zeroed
+from limner.nn.layers import Modulation, TimeEmbedding, zeroed
+from limner.nn.norm import GroupNorm
 from limner.nn.unet import Blocks, Level, run_stages
 
 Pool = Literal["attention", "adaptive", "spatial", "spatial_v2"]
@@ -81,7 +82,7 @@ class NoisyClassifier(nn.Module):
             x = run_stages(stage, x, emb, None, None, rematerialise=again)
             features.append(x)
         if self.pool == "attention":
-            return self.head(F.silu(self.norm(x)))
+            return self.head(self.norm(x, silu=True))
         if self.pool == "adaptive":
-            return self.head(F.silu(self.norm(x)).mean(dim=(2, 3)))
+            return self.head(self.norm(x, silu=True).mean(dim=(2, 3)))
         return self.head(torch.cat([h.mean(dim=(2, 3)) for h in features], dim=1))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limner.nn.norm import GroupNorm
+
 Modulation = Literal["scale_shift", "add"]
 Resample = Literal["down", "up"]
 M = TypeVar("M", bound=nn.Module)
@@ -23,13 +25,6 @@ def zeroed(module: M) -> M:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm; where `groups` doesn't divide `channels`, the largest number of groups that divides both."""
-
-    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5) -> None:
-        super().__init__(math.gcd(groups, channels), channels, eps=eps)
 
 
 def sinusoids(time: Tensor, channels: int, order: Literal["cos_sin", "sin_cos"] = "cos_sin",
@@ -115,12 +110,11 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None, tokens: Tensor | None = None,
                 token_mask: Tensor | None = None) -> Tensor:  # fmt: skip
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        h = self.conv1(self.resample(self.norm1(x, silu=True)))
         if self.emb is None:
-            h = self.norm2(h)
+            h = self.norm2(h, silu=True)
         elif self.adaptive:
-            scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+            h = self.norm2(h, *self.emb(emb).chunk(2, dim=1), silu=True)
         else:
-            h = self.norm2(h + self.emb(emb)[:, :, None, None])
-        return self.skip(self.resample(x)) + self.conv2(self.dropout(F.silu(h)))
+            h = self.norm2(h + self.emb(emb)[:, :, None, None], silu=True)
+        return self.skip(self.resample(x)) + self.conv2(self.dropout(h))

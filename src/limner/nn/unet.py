@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from limner.nn.attention import SelfAttention, SpatialTransformer
-from limner.nn.layers import Downsample, GroupNorm, Modulation, ResBlock, TimeEmbedding, Upsample, zeroed
+from limner.nn.layers import Downsample, Modulation, ResBlock, TimeEmbedding, Upsample, zeroed
+from limner.nn.norm import GroupNorm
 
 
 @dataclass(frozen=True)
@@ -191,5 +192,5 @@ class UNet(nn.Module):
         for stage in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
             x = run_stages(stage, x, emb, tokens, token_mask, rematerialise=again)
-        x = self.out(F.silu(self.norm(x)))
+        x = self.out(self.norm(x, silu=True))
         return x if self.patch == 1 else F.pixel_shuffle(x, self.patch)
