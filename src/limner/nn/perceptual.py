@@ -37,8 +37,8 @@ class FeatureDistance(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance (B,) of x and y, 0 for the same picture, at most 4."""
         pairs = zip(self.features(x), self.features(y), strict=True)
-        levels = [(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean(dim=(1, 2)) for a, b in pairs]
-        return torch.stack(levels).mean(0)
+        units = [(F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)) for a, b in pairs]
+        return torch.stack([(a - b).square().sum(1).mean(dim=(1, 2)) for a, b in units]).mean(0)
 
 
 class Lite0Features(nn.Module):

@@ -118,12 +118,7 @@ class AutoencoderTask(Task):
         figures: dict[str, list[Tensor]] = {}
         for x in pictures(data, data.held_out[:HELD_OUT_ROWS], autoencoder.latent_mean.device):
             z = autoencoder.encode(x).mode()
-            y = autoencoder.decode(z).float().clamp(-1, 1)
-            measured = {"psnr": psnr(x, y)}
-            if min(x.shape[2:]) >= SSIM_SIDE:
-                measured["ssim"] = ssim(x, y)
-            if self.perceptual is not None:
-                measured["perceptual"] = self.perceptual.to(x.device)(x, y)
+            measured = self.compare(x, autoencoder.decode(z).float().clamp(-1, 1))
             if autoencoder.quantizer is not None:
                 measured["codes"] = autoencoder.quantizer.quantise(z)[1].flatten()
             for name, values in measured.items():
@@ -132,6 +127,16 @@ class AutoencoderTask(Task):
         codes = whole.pop("codes", None)
         result = {f"held_out_{name}": values.mean().item() for name, values in whole.items()}
         return result if codes is None else result | {"held_out_perplexity": perplexity(torch.bincount(codes)).item()}
+
+    def compare(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """PSNR, SSIM where the pictures are large enough for it, and perceptual distance, each (B,), in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            measured = {"psnr": psnr(x, y)}
+            if min(x.shape[2:]) >= SSIM_SIDE:
+                measured["ssim"] = ssim(x, y)
+            if self.perceptual is not None:
+                measured["perceptual"] = self.perceptual.to(x.device)(x, y)
+        return measured
 
     @torch.no_grad()
     def preview(self, average: nn.Module) -> tuple[npt.NDArray[np.uint8], list[str]]:
