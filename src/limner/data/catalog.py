@@ -17,7 +17,8 @@ from limner.errors import LimnerError
 
 _HUB_PREFIXES = ("hf://datasets/", "hub:")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_PACKED = (".zip", ".7z", ".rar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_UNPACK = "is a packed archive, which cannot be read at random; unpack it and give the folder"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def _file(path: Path, tell: Tell) -> Catalog:
     name = str(path)
     if path.name in METADATA:
         return _folder(path.parent, tell)
-    if path.name.lower().endswith(_COMPRESSED):
-        raise LimnerError(f"{name}: is a compressed tar, which cannot be read at random; decompress it first")
+    if path.name.lower().endswith(_PACKED):
+        raise LimnerError(f"{name}: {_UNPACK}")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return Catalog(name, tables.parquet_splits(name, {"train": [path]}, tell))
@@ -115,8 +116,8 @@ def _folder(root: Path, tell: Tell) -> Catalog:
         return Catalog(name, folders.folder_splits(listing, tell), tuple(notes))
     if any(Path(file).suffix.lower() in hub.BUILDERS for file in listing.others):
         return Catalog(name, hub.hub_splits(name), tuple(notes))
-    compressed = [file for file in listing.others if file.lower().endswith(_COMPRESSED)]
-    if compressed:
-        tell(Problem(Place(str(root / compressed[0])), "is a compressed tar; decompress it first"))
+    for file in listing.others:
+        if file.lower().endswith(_PACKED):
+            tell(Problem(Place(str(root / file)), _UNPACK))
     found = f"; it has {len(listing.others)} other files, such as {listing.others[0]}" if listing.others else ""
     raise LimnerError(f"{name}: holds no pictures, Parquet files or WebDataset tars{found}")

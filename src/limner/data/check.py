@@ -139,15 +139,15 @@ def check(
 
     Raises LimnerError only when there is nothing to look at: no such path, an empty folder, an unknown split.
     """
-    config = DataConfig(image_column=image_column, label_column=label_column, text_column=text_column)
+    named = {"image_column": image_column, "label_column": label_column, "text_column": text_column}
+    config = DataConfig.model_validate(named)
     report = Report(source)
     catalog = find(source, report.errors.append)
-    report.notes += catalog.notes
-    opened = [catalog.open(split)] if split is not None else []
-    for load in catalog.splits.values() if split is None else ():
-        _attempt(report, lambda load=load: opened.append(load()))
     if split is not None:
-        report.notes.clear()
+        opened = [catalog.open(split)]
+    else:
+        report.notes += catalog.notes
+        opened = [part for load in catalog.splits.values() if (part := _attempt(report, load)) is not None]
     seen: dict[bytes, list[tuple[Source, int]]] = {}
     labels: dict[str, list[str]] = {}
     total, done = sum(len(part) for part in opened), 0

@@ -1,4 +1,4 @@
-"""Whatever else the library `datasets` reads: names on Hugging Face's hub, folders it saved, Arrow, JSON, CSV, zip."""
+"""Whatever else the library `datasets` reads: names on Hugging Face's hub, folders it saved, Arrow, JSON, CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from limner.errors import LimnerError
 if TYPE_CHECKING:
     import datasets
 
-BUILDERS = {".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv", ".zip": "imagefolder"}
+BUILDERS = {".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 """The builder of `datasets` for each suffix that Limner does not read by itself."""
 
 _PROBE_S = 10
