@@ -70,13 +70,23 @@ def plan(found: Structure, path: Path, flags: Mapping[str, Any] | str | Path | N
     for flag, right in _disagreements(found, levels, given):
         said = "nothing" if given[flag] == "" else given[flag]
         raise LimnerError(f"{where}: flag '{flag}' says {said}, but the weights have {right}")
-    settled = {**DEFAULTS, **(CLASSIFIER_ONLY if found.is_classifier else {}), **given}
+    settled = _settled(found, given)
     if settled["use_kl"]:
         notes.append(f"{where}: use_kl is a training loss that Limner lacks; fine-tuning uses the hybrid loss")
     config = _recipe(found, levels, settled, where)
     model = config.model
     assert isinstance(model, c.UNetConfig | c.ClassifierConfig)
     return Plan(config, table(found, model, legacy=not settled["use_new_attention_order"]), tuple(notes))
+
+
+def _settled(found: Structure, given: Flags) -> Flags:
+    """Every flag: given, or the peer's default. Forks call an upsampler's size `image_size`; all enlarge by four."""
+    settled = {**DEFAULTS, **(CLASSIFIER_ONLY if found.is_classifier else {}), **given}
+    if found.is_upsampler and "large_size" not in given and "image_size" in given:
+        settled["large_size"] = given["image_size"]
+    if "small_size" not in given:
+        settled["small_size"] = max(1, settled["large_size"] // 4)
+    return settled
 
 
 def recipe(flags: Mapping[str, Any] | str | Path, part: Part = "model") -> c.RunConfig:
@@ -141,16 +151,8 @@ def _is_published(found: Structure, name: str) -> bool:
     return any(replace(found, layouts=(layout,)) == wanted for layout in found.layouts)
 
 
-def _is_upsampler(found: Structure, given: Flags) -> bool:
-    """The upsampler sees the noisy picture and the enlarged one. Three channels are the peer's only choice; other
-    counts are an upsampler's where the flags say so."""
-    if found.is_classifier:
-        return False
-    return found.in_channels == 6 or ("large_size" in given and found.in_channels % 2 == 0)
-
-
 def _size(found: Structure, flags: Flags) -> int:
-    return flags["large_size" if _is_upsampler(found, flags) and "large_size" in flags else "image_size"]
+    return flags["large_size" if found.is_upsampler else "image_size"]
 
 
 # --- flags against weights ----------------------------------------------------------------------------------------
@@ -196,14 +198,14 @@ def _disagreements(found: Structure, levels: tuple[c.Level, ...], given: Flags) 
         facts["classifier_pool"] = found.pool
     else:
         facts["class_cond"] = found.classes is not None
-        facts["learn_sigma"] = found.out_channels == 2 * _channels(found, given)
+        facts["learn_sigma"] = found.learns_variance
     for flag, fact in facts.items():
         if flag in given and given[flag] != fact:
             yield flag, str(fact)
     if given.get("channel_mult") and [int(m * found.width) for m in _multipliers(given)] != widths:
         yield "channel_mult", f"levels of {', '.join(map(str, widths))} channels"
     yield from _attention_disagreement(found, levels, given, f"{prefix}attention_resolutions")
-    side = _size(found, {**DEFAULTS, **given}) // 2 ** (len(levels) - 1)
+    side = _size(found, _settled(found, given)) // 2 ** (len(levels) - 1)
     if found.pool_pixels and "image_size" in given and side**2 != found.pool_pixels:
         yield "image_size", f"attention pooling over {found.pool_pixels} places after {len(levels)} levels"
 
@@ -213,7 +215,7 @@ def _attention_disagreement(found: Structure, levels: tuple[c.Level, ...], given
     """`attention_resolutions` are in pixels: a level has attention where the size over one of them is its factor."""
     if flag not in given:
         return
-    size = _size(found, {**DEFAULTS, **given})
+    size = _size(found, _settled(found, given))
     factors = {size // pixels for pixels in _integers(given[flag], flag)}
     if [2**i in factors for i in range(len(levels))] != [level.attention for level in levels]:
         having = [str(size // 2**i) for i, level in enumerate(levels) if level.attention]
@@ -239,11 +241,6 @@ def _multipliers(flags: Flags) -> list[float]:
         ) from None
 
 
-def _channels(found: Structure, given: Flags) -> int:
-    """Channels of the picture."""
-    return found.in_channels // 2 if _is_upsampler(found, given) else found.in_channels
-
-
 # --- the recipe ----------------------------------------------------------------------------------------------------
 
 
@@ -255,16 +252,16 @@ def _recipe(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: 
     conditions: list[dict[str, Any]] = []
     if found.classes and not found.is_classifier:
         conditions.append({"kind": "label", "dropout": 0.0, "null": False})
-    if _is_upsampler(found, flags):
+    if found.is_upsampler:
         conditions.append({"kind": "image", "dropout": 0.0, "size": [flags["small_size"]] * 2})
     kind: dict[str, Any] = {"kind": "classifier", "pool": found.pool} if found.is_classifier else {"kind": "unet"}
     recipe = {
         "task": "classifier" if found.is_classifier else "diffusion",
-        "data": {"size": [size, size], "channels": _checked_channels(found, flags, where)},
+        "data": {"size": [size, size], "channels": _checked_channels(found, where)},
         "process": _process(found, flags, where),
         "model": {**kind, **_network(found, levels, flags, where)},
         "conditions": conditions,
-        "sampling": _sampling(flags, learned=_learns_variance(found, flags)),
+        "sampling": _sampling(flags, learned=found.learns_variance),
         "classes": [str(number) for number in range(found.classes)] if found.classes else None,
         "training": {"precision": "fp32"},
         "provenance": {"format": "guided-diffusion", "file": Path(where).name, "flags": flags},
@@ -272,8 +269,8 @@ def _recipe(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: 
     return c.parse(recipe, where)
 
 
-def _checked_channels(found: Structure, flags: Flags, where: str) -> Any:
-    channels = _channels(found, flags)
+def _checked_channels(found: Structure, where: str) -> Any:
+    channels = found.channels
     if channels not in (1, 3, 4):
         raise LimnerError(f"{where}: pictures of {channels} channels; Limner has pictures of 1, 3 or 4")
     if not found.is_classifier and found.out_channels not in (channels, 2 * channels):
@@ -325,15 +322,11 @@ def _process(found: Structure, flags: Flags, where: str) -> dict[str, Any]:
     return {
         "schedule": {"kind": schedules[name], "steps": steps},
         "prediction": "sample" if flags["predict_xstart"] else "epsilon",
-        "learned_variance": _learns_variance(found, flags),
+        "learned_variance": found.learns_variance,
         "time_input": "step",
         # The peer's hybrid loss weighs the bound by T / 1000 (rescaled), or by 1; ours by T times this.
         "vlb_weight": 0.001 if flags["rescale_learned_sigmas"] else 1 / steps,
     }
-
-
-def _learns_variance(found: Structure, flags: Flags) -> bool:
-    return not found.is_classifier and found.out_channels == 2 * _channels(found, flags)
 
 
 def _sampling(flags: Flags, *, learned: bool) -> dict[str, Any]:

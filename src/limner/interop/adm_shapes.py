@@ -40,6 +40,20 @@ class Structure:
     def is_classifier(self) -> bool:
         return self.pool is not None
 
+    @property
+    def is_upsampler(self) -> bool:
+        """An upsampler sees the noisy picture and the enlarged one: twice 1, 3 or 4 channels."""
+        return not self.is_classifier and self.in_channels in (2, 6, 8)
+
+    @property
+    def channels(self) -> int:
+        """Of the picture."""
+        return self.in_channels // 2 if self.is_upsampler else self.in_channels
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.out_channels == 2 * self.channels
+
 
 @dataclass(frozen=True)
 class Stage:
