@@ -112,7 +112,7 @@ def step_log_variance(
     low, high = math.log(small), math.log(step.beta)
     if isinstance(variance, Tensor):
         return low + variance * (high - low)
-    return torch.tensor(high if variance == "large" and there.sigma > 0 else low)
+    return torch.tensor(high if variance == "large" and there.sigma > 0 else low, dtype=torch.float64)
 
 
 def chosen_variance(out: Denoised, variance: Variance | None) -> Tensor | Literal["small", "large"]:
