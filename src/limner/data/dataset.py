@@ -26,7 +26,7 @@ from limner.errors import LimnerError
 
 HELD_OUT_MOST = 2048
 _SPLIT_SEED = 20210511
-_SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|(anti|counter)?-?clockwise|east|west)", re.IGNORECASE)
+_SIDES = re.compile(r"\b((left|right)(wards?|hand(ed)?)?|(anti|counter)?-?clockwise|east|west)\b", re.IGNORECASE)
 
 Rows = Sequence[int] | npt.NDArray[np.integer[Any]]
 

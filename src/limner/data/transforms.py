@@ -156,6 +156,8 @@ def flattened(image: Image.Image, channels: int, ground: tuple[int, int, int]) -
         image.alpha_composite(clear)
     if image.mode in ("RGBa", "La", "PA", "LA"):
         image = image.convert("RGBA")
+    elif image.mode == "LAB":
+        image = image.convert("RGB")
     return image if image.mode == mode else image.convert(mode)
 
 
