@@ -84,11 +84,16 @@ def average_over_processes(accelerator: Accelerator, tensors: Sequence[Tensor]) 
     if accelerator.num_processes == 1:
         return
     for bucket in _buckets(tensors):
-        flat = torch.cat([t.flatten() for t in bucket])
-        mean = accelerator.reduce(flat, reduction="mean")
-        assert isinstance(mean, Tensor)
+        mean = sum_over_processes(accelerator, torch.cat([t.flatten() for t in bucket])) / accelerator.num_processes
         for tensor, part in zip(bucket, mean.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+
+def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of every process's tensor, for each of them."""
+    result = accelerator.reduce(tensor)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -23,11 +23,11 @@ from torch import Tensor
 from limner import config as configuration
 from limner.config import RunConfig
 from limner.errors import LimnerError, suggest
-from limner.hardware import autocast
+from limner.hardware import autocast, best_device
 from limner.training import preview
 from limner.training.checkpoint import Checkpoint, Checkpoints, load_weights, same_run
 from limner.training.clock import Clock, learning_rate
-from limner.training.devices import Compiled, average_over_processes, tune, wants_compile
+from limner.training.devices import Compiled, average_over_processes, sum_over_processes, tune, wants_compile
 from limner.training.draws import Batches, Source, seed_of
 from limner.training.ema import EMA
 from limner.training.optimizers import Optimizer
@@ -200,27 +200,35 @@ class Training:
         if self.accelerator.num_processes > 1:
             if self.sitting_steps % _agree_every(self.device):
                 return None
-            shared = self.accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=self.device))
-            assert isinstance(shared, Tensor)
-            own = shared.tolist()
+            told = torch.tensor(own, dtype=torch.float64, device=self.device)
+            own = sum_over_processes(self.accelerator, told).tolist()
         self.elapsed_s = own[0]
         reasons = {"signal": own[1] > 0, "patience": own[2] > 0, "budget": self.clock.progress(self.elapsed_s) >= 1}
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     def report(self) -> None:
         """What is due after this step. The main process does it; the others wait for it in the next step."""
-        if not self.main:
-            return
         due = {
             name: self.clock.passed(getattr(self.settings, f"{name}_every"), self.settings.batch)
             for name in ("log", "held_out", "preview", "checkpoint")
         }
-        improved = False
-        if due["log"] or due["held_out"] or due["preview"]:
+        improved, telling = False, due["log"] or due["held_out"] or due["preview"]
+        if telling:
+            self.share_means()
+        if not self.main:
+            return
+        if telling:
             improved = self.log(held_out=due["held_out"], pictures=due["preview"])
         if due["checkpoint"] or (improved and self.task.best_is is not None):
             self.save()
         self.show()
+
+    def share_means(self) -> None:
+        """Logs of all processes, added up; each of them takes part, and the main one keeps the result."""
+        if self.accelerator.num_processes > 1:
+            self.means.share(lambda sums: sum_over_processes(self.accelerator, sums))
+        if not self.main:
+            self.means = Means()
 
     def log(self, *, held_out: bool, pictures: bool) -> bool:
         """A line of metrics, with held-out figures and previews where they are due. Returns whether the held-out
@@ -353,12 +361,16 @@ class Training:
         hurry = reason == "signal"
         if not self.clock.images and not hurry:
             raise LimnerError(f"{self.out}: the budget was spent before the first step; give a longer --budget")
+        self.share_means()
         if self.main and self.sitting_steps:
             self.log(held_out=not hurry, pictures=not hurry)
             self.save()
         elif self.main and self.clock.images:
             self.publish()
-        self.accelerator.end_training()
+        for (
+            tracker
+        ) in self.accelerator.trackers:  # `end_training` would also take the process group from who comes next
+            tracker.finish()
         self.accelerator.wait_for_everyone()
         self.compiled.undo()
         seconds = self.clock.elapsed_s
@@ -380,7 +392,9 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
             raise LimnerError(f"training.trackers: '{name}' is unknown{suggest(name, TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise LimnerError(f"training.trackers: {name} is not installed; `pip install {name}`")
-    accelerator = Accelerator(log_with=list(config.training.trackers) or None, project_dir=out)
+    # Told that there is only a CPU, accelerate uses gloo under torchrun; untold, it forgets the other processes.
+    on_cpu = best_device().type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, log_with=list(config.training.trackers) or None, project_dir=out)
     if config.training.trackers:
         accelerator.init_trackers("limner", config={"recipe": config.model_dump_json()})
     return accelerator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +106,11 @@ class Means:
         """Take in another's sums."""
         for name, pair in other._sums.items():
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def share(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Take in the sums of all processes, which have logged the same names in the same order."""
+        if self._sums:
+            self._sums = dict(zip(self._sums, add_up(torch.stack(list(self._sums.values()))).unbind(), strict=True))
 
     def read(self) -> dict[str, float]:
         """The averages so far, in one transfer, and start anew; a band that no row fell into is left out."""
