@@ -22,7 +22,7 @@ class Display:
     """
 
     def __init__(self, title: str, console: Console | None = None, *, silent: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
+        self.console = console or Console(stderr=True, quiet=silent)
         self._title = title
         self._bar: Progress | None = None
         self._last_line = 0.0
@@ -47,7 +47,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, progress: float, images: int, left_s: float | None,
                figures: Mapping[str, float] | None = None) -> None:  # fmt: skip
