@@ -1,0 +1,81 @@
+"""`limner train`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from limner.cli.console import STOPPED, emit, progress
+
+
+class Task(StrEnum):
+    """What is trained."""
+
+    diffusion = "diffusion"
+    classifier = "classifier"
+    autoencoder = "autoencoder"
+
+
+def train(
+    out: Annotated[str, typer.Option(metavar="RUN", help="The directory that the run is written to.")],
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DATA_OR_PRESET",
+            help="A folder, Parquet file, WebDataset tar or hub name; or a preset that brings its data.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="A recipe by name, or a .yaml file. Default: fits the data.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(metavar="TIME", help="Stop after 20m, 1h30m or 90s.")] = None,
+    images: Annotated[str | None, typer.Option(metavar="COUNT", help="Stop after 2M, 500k or 200000 images.")] = None,
+    task: Annotated[Task | None, typer.Option(help="Default: diffusion, or the preset's own.")] = None,
+    for_run: Annotated[
+        str | None, typer.Option("--for", metavar="RUN", help="The diffusion run that a classifier is to guide.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: training.batch=32.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run; starts it if there is none.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. Default: the recipe's, 0.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a model on pictures.
+
+    \b
+    Examples:
+      limner train photos/ --out runs/photos --budget 1h
+      limner train photos/ --out runs/photos --resume
+      limner train examples/emoji --preset emoji --out runs/emoji --budget 20m
+      limner train photos/ --out runs/wide --images 2M --set training.batch=32
+      limner train --task classifier --for runs/uncond --out runs/guide
+    """
+    from limner import api
+
+    with progress("reading pictures") as tell:
+        result = api.train(
+            data,
+            out=out,
+            preset=preset,
+            task=None if task is None else task.value,
+            budget=budget,
+            images=images,
+            for_run=for_run,
+            settings=settings or [],
+            seed=seed,
+            resume=resume,
+            progress=tell,
+        )
+    facts = {
+        "run": str(result.run),
+        "images": result.images,
+        "seconds": result.seconds,
+        "stopped": result.stopped,
+        **result.figures,
+    }
+    emit(facts, [str(result.run)], json)
+    if result.stopped is not None:
+        raise typer.Exit(STOPPED)
