@@ -142,7 +142,7 @@ class Optimizer:
     def _step_muon(self, bank: Bank, lr: float, divisor: Tensor, bad: Tensor) -> None:
         """Nesterov momentum, orthogonalised. A weight without a gradient counts as one with a gradient of zero."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bank.parameters]
-        gradient = torch.stack([g.flatten(1) for g in grads]).float() / divisor
+        gradient = torch.stack([_matrix(g) for g in grads]).float() / divisor
         gradient = torch.where(bad, bank.momentum, gradient)
         bank.momentum.lerp_(gradient, 1.0 - MUON_MOMENTUM)
         fast = torch.bfloat16 if uses_bf16("auto", gradient.device) else torch.float32
@@ -151,7 +151,8 @@ class Optimizer:
         weights = list[Tensor](bank.parameters)
         if self.config.weight_decay:
             torch._foreach_mul_(weights, torch.where(bad, 1.0, 1.0 - lr * self.config.weight_decay))
-        torch._foreach_add_(weights, [u.view(p.shape) for u, p in zip(update.unbind(), bank.parameters, strict=True)])
+        views = [_last(w) for w in weights]
+        torch._foreach_add_(views, [u.view(v.shape) for u, v in zip(update.unbind(), views, strict=True)])
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
         """The state, live, as `parameter name.slot`: `mean`, `square` and `step` of AdamW, `momentum` of Muon."""
@@ -187,6 +188,16 @@ def _adamw_state(parameter: nn.Parameter) -> dict[str, Tensor]:
     data = parameter.detach()
     step = torch.zeros((), dtype=torch.float32, device=data.device)
     return {"mean": torch.zeros_like(data), "square": torch.zeros_like(data), "step": step}
+
+
+def _last(weight: Tensor) -> Tensor:
+    """A view with a kernel's input channels last, which lie together in memory in channels_last."""
+    return weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """A matrix as it is, a kernel (out, in, h, w) as (out, h w in); the order of columns is all the same to Muon."""
+    return _last(weight).flatten(1)
 
 
 def _banks(parameters: list[nn.Parameter]) -> list[Bank]:
