@@ -11,7 +11,7 @@ from limner.data import folders, hub, tables, tars
 from limner.data.listing import METADATA, Listing, walk
 from limner.data.sources import Place, Problem, Source, Tell, refuse
 from limner.data.splits import choose_split, group_by_split
-from limner.data.text import reason
+from limner.data.text import printable, reason
 from limner.data.transforms import EXTENSIONS, PictureError, opened
 from limner.errors import LimnerError
 
@@ -58,12 +58,12 @@ def find(source: str, tell: Tell = refuse) -> Catalog:
         path = Path(source).expanduser()
         exists = path.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        raise LimnerError(f"{source!r}: is not a path ({reason(error)})") from None
+        raise LimnerError(f"{printable(source)}: is not a path ({reason(error)})") from None
     if exists:
         return _folder(path, tell) if path.is_dir() else _file(path, tell)
     if _HUB_NAME.fullmatch(source) and not path.parent.exists() and path.suffix not in (".parquet", ".tar"):
         return Catalog(source, hub.hub_splits(source, missing_here=True))
-    raise LimnerError(f"{source}: no such file or folder")
+    raise LimnerError(f"{printable(source)}: no such file or folder")
 
 
 def _file(path: Path, tell: Tell) -> Catalog:

@@ -89,8 +89,8 @@ def encoded(value: Any, folder: Path) -> Encoded:
 
 def stays_inside(path: str) -> bool:
     """Whether a relative path stays in the folder that it starts from."""
-    parts = PurePosixPath(path.replace("\\", "/"))
-    return bool(path) and not parts.is_absolute() and ".." not in parts.parts and ":" not in parts.parts[0]
+    steps = PurePosixPath(path.replace("\\", "/"))
+    return bool(steps.parts) and not steps.is_absolute() and ".." not in steps.parts and ":" not in steps.parts[0]
 
 
 @dataclass(frozen=True)
