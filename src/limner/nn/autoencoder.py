@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from limner.errors import LimnerError
 from limner.nn.attention import SelfAttention
-from limner.nn.layers import Downsample, GroupNorm, ResBlock, Upsample
+from limner.nn.layers import Downsample, ResBlock, Upsample
+from limner.nn.norm import GroupNorm
 from limner.nn.quantizer import Quantised, VectorQuantizer
 from limner.nn.tiling import tiled
 from limner.nn.unet import Level, run_stages
@@ -119,7 +120,7 @@ class Encoder(nn.Module):
         x = self.stem(x if self.patch == 1 else F.pixel_unshuffle(x, self.patch))
         for stage in (*self.down, self.middle):
             x = run_stages(stage, x, rematerialise=rematerialise)
-        return self.out(F.silu(self.norm(x)))
+        return self.out(self.norm(x, silu=True))
 
 
 class Decoder(nn.Module):
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
         x = self.stem(z)
         for stage in (self.middle, *self.up):
             x = run_stages(stage, x, rematerialise=rematerialise)
-        x = self.out(F.silu(self.norm(x)))
+        x = self.out(self.norm(x, silu=True))
         return x if self.patch == 1 else F.pixel_shuffle(x, self.patch)
 
 

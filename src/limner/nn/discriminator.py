@@ -3,20 +3,22 @@ arXiv:2012.09841), its hinge losses and its regularisers. Logits are (B, 1, h, w
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limner.nn.layers import GroupNorm
-
 ANCHOR_DECAY = 0.99
+GROUPS = 32
 
 
 class PatchDiscriminator(nn.Module):
     """Picture (B, C, H, W) -> logits, positive for real: `layers` strided 4x4 convolutions and two unstrided.
 
     A verdict sees 16, 34, 70 pixels square at 1, 2, 3 layers. Group norm stands where the original has batch norm,
-    so that a verdict doesn't depend on the batch. The buffers `real_anchor` and `fake_anchor` are LeCam's.
+    so that a verdict doesn't depend on the batch: PyTorch's own, since a gradient penalty differentiates twice. The
+    buffers `real_anchor` and `fake_anchor` are LeCam's.
     """
 
     real_anchor: Tensor
@@ -28,7 +30,11 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, layers + 1):
             before, after = width * min(2 ** (i - 1), 8), width * min(2**i, 8)
             stride = 2 if i < layers else 1
-            blocks += [nn.Conv2d(before, after, 4, stride, 1, bias=False), GroupNorm(after), nn.LeakyReLU(0.2)]
+            blocks += [
+                nn.Conv2d(before, after, 4, stride, 1, bias=False),
+                nn.GroupNorm(math.gcd(GROUPS, after), after),
+                nn.LeakyReLU(0.2),
+            ]
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(width * min(2**layers, 8), 1, 4, 1, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
