@@ -180,7 +180,10 @@ def _command_line(text: str) -> Flags:
 
 
 def _typed(given: Mapping[str, Any], where: str) -> Flags:
-    return {name: _value(name, value, where) for name, value in given.items() if _known(name, where)}
+    """Known flags in their types; a null in JSON stands for a flag that wasn't given."""
+    return {
+        name: _value(name, value, where) for name, value in given.items() if _known(name, where) and value is not None
+    }
 
 
 def _known(name: str, where: str) -> bool:
