@@ -65,9 +65,9 @@ def network_denoiser(
                 f"network output {tuple(raw.shape)} for input {tuple(x.shape)}: should have {channels} channels"
                 f"{' (prediction and variance)' if learned_variance else ''} and the same size"
             )
-        raw, variance_fraction = split_variance(raw, learned_variance)
+        raw, variance_fraction = split_variance(raw.to(x.dtype), learned_variance)
         alpha, sigma = per_image(schedule.alpha(t), x), per_image(schedule.sigma(t), x)
-        return Denoised(to_x0(raw.to(x.dtype), x, alpha, sigma, prediction), variance_fraction)
+        return Denoised(to_x0(raw, x, alpha, sigma, prediction), variance_fraction)
 
     return denoise
 

@@ -90,14 +90,14 @@ class DiffusionLoss:
         alpha, sigma = per_image(self.schedule.alpha(t), x0), per_image(self.schedule.sigma(t), x0)
         x_t = alpha * x0 + sigma * eps
         time = network_time(t, len(x0), self.schedule, self.time_input).to(x0.device)
-        raw, fraction = split_variance(network(x_t, time, cond), self.path is not None)
-        mse = _per_image_mean((raw.float() - target(x0, eps, alpha, sigma, self.prediction)) ** 2)
+        raw, fraction = split_variance(network(x_t, time, cond).to(x0.dtype), self.path is not None)
+        mse = _per_image_mean((raw - target(x0, eps, alpha, sigma, self.prediction)) ** 2)
         log_snr = self.schedule.log_snr(t)
         scale = weight(log_snr, self.weighting, self.prediction, gamma=self.gamma, bias=self.bias)
         loss = scale.to(mse) * mse
         if self.path is None or index is None:
             return LossTerms(loss, mse, None, log_snr)
-        fixed = Denoised(to_x0(raw.detach().float(), x_t, alpha, sigma, self.prediction), fraction)
+        fixed = Denoised(to_x0(raw.detach(), x_t, alpha, sigma, self.prediction), fraction)
         vb = self.vlb_weight * self.path.steps * vlb_term(x0, x_t, fixed, self.path, index, decoder=self.decoder)
         return LossTerms(loss + vb, mse, vb, log_snr)
 
