@@ -196,3 +196,13 @@ def test_a_foreign_state_is_refused_by_name() -> None:
     wrong = adam.state_dict() | {"first.weight.mean": torch.zeros(1)}
     with pytest.raises(LimnerError, match=r"first\.weight\.mean.*\[1\].*\[8, 3, 3, 3\]"):
         adam.load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(48, 432), (96, 96), (384, 192)])
+def test_orthogonalisation_stays_bounded_for_gradients_of_low_rank(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(shape[0], 3, generator=generator) @ torch.randn(3, shape[1], generator=generator)
+    result = orthogonalised(low_rank[None], dtype=dtype)[0]
+    assert torch.linalg.svdvals(result)[:3].min() > 0.5
+    assert torch.linalg.svdvals(result).max() < 1.6

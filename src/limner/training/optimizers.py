@@ -33,12 +33,12 @@ def orthogonalised(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: to
 
     Each step of the iteration is X <- (a + b A + c A^2) X with A = X X^T. For a wide X (the kernel of a 3x3
     convolution is nine times wider than high) the polynomials are multiplied up among the small matrices A, with which
-    they commute, and meet X once at the end: the same result for about a third of the arithmetic. `dtype` is that of
-    the products; bfloat16 changes the result by about a hundredth.
+    they commute, and meet X once at the end: the same result for about a third of the arithmetic. That needs float32:
+    rounded, A has eigenvalues below 0, which the polynomials blow up. Else `dtype` is that of the products.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).float()
-    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)).to(dtype)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
     a, b, c = QUINTIC
     wide = x.shape[-1] >= 3 * x.shape[-2]
     if wide:
@@ -52,6 +52,7 @@ def orthogonalised(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: to
                 gram = polynomial @ gram @ polynomial
         x = x if product is None else product @ x
     else:
+        x = x.to(dtype)
         for _ in range(steps):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
