@@ -13,7 +13,13 @@ from tiny_cli import pictures
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-LESS = {"--budget 1h": "--images 16", 'budget="1h"': "images=16"}
+LESS = {
+    "--budget 1h": "--images 16",
+    'budget="1h"': "images=16",
+    "--num 16": "--num 2",
+    "num=16": "num=2",
+    "num=8": "num=2",
+}
 
 
 def less(text: str) -> str:
