@@ -94,6 +94,27 @@ def _put(model: build.Model, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(dict(state))
 
 
+def convert(source: str | Path, out: str | Path, *, flags: Mapping[str, Any] | str | Path | None = None,
+            config: str | Path | None = None) -> Imported:  # fmt: skip
+    """Make a run of another project's checkpoint: `config.yaml` and `model.safetensors` in the directory `out`.
+
+    flags, config: as in `load`. Raises LimnerError, and then writes nothing; also where `out` holds something already.
+    """
+    from limner import interop
+    from limner.training.checkpoint import Checkpoints
+
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LimnerError(f"{out}: holds something already; give another directory")
+    if not Path(source).exists():
+        raise LimnerError(f"{source}: there is no such file or directory")
+    found = interop.read(source, flags=flags, config=config)
+    _put(build.model(found.config), found.state)
+    out.mkdir(parents=True, exist_ok=True)
+    Checkpoints(out).publish(found.state, found.config)
+    return found
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
