@@ -272,6 +272,8 @@ class Training:
         """Progress, and the time left at this sitting's pace."""
         now = self.clock.elapsed_s
         progress = self.clock.progress(now)
+        if self.sitting_steps == 1:  # compiling, if anything, is over
+            self.sitting_began, self.progress_at_start = now, progress
         gained = progress - self.progress_at_start
         left = (now - self.sitting_began) * (1.0 - progress) / gained if gained > 0 else None
         shown = {"loss": self.figures.get("loss"), "images/s": self.figures.get("images_per_s")}
