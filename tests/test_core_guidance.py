@@ -122,6 +122,26 @@ def test_algorithm_1_moves_the_mean_by_the_variance_times_the_gradient():
     assert torch.equal(first["guided"].x0, first["plain"].x0)
 
 
+def test_algorithm_1_on_the_last_step():
+    """As in guided-diffusion: beta-tilde is 0 there, and the large variance is the beta-tilde of the step before."""
+    path, x, ones = LINEAR.path(5, "trailing"), noise(2), torch.ones(2, 2, 1, 1, dtype=torch.float64)
+    before, here, _ = path[-3:]
+    expected = {"small": 0.0, "large": (1 - before.alpha**2 / here.alpha**2) * here.sigma**2 / before.sigma**2}
+    for variance, shift in expected.items():
+        drawn = [
+            ddpm(
+                lambda x, t, cond=None, /: Denoised(torch.zeros_like(x)),
+                x,
+                path,
+                noise=lambda k: torch.zeros_like(x),
+                variance=variance,
+                gradient=lambda x, t, cond, given=given: given * ones,
+            )
+            for given in (0.0, 1.0)
+        ]
+        torch.testing.assert_close(drawn[1] - drawn[0], shift * ones)  # x0 is 0: earlier shifts end with their steps
+
+
 @pytest.mark.parametrize("variance", ["small", "large", "learned"])
 def test_algorithm_1_at_scale_one_draws_the_conditional_distribution(variance):
     def denoise(x, t, cond=None, /):
