@@ -116,11 +116,11 @@ class UNetConfig(Section):
     resample: Literal["block", "conv", "pool"] = Field("block", description="block: BigGAN's residual resampling")
     middle: Literal["attention", "transformer", "none"] = "attention"
     head_dim: PositiveInt | None = Field(64, description="channels a head; or give `heads`")
-    heads: PositiveInt | None = Field(None, description="a fixed number of heads instead of head_dim")
+    heads: PositiveInt | None = Field(default=None, description="a fixed number of heads instead of head_dim")
     time_channels: PositiveInt | None = Field(
         None, description="width of the sinusoids; default: first level's channels"
     )
-    emb_channels: PositiveInt | None = Field(None, description="width of the embedding; default: 4 x time_channels")
+    emb_channels: PositiveInt | None = Field(default=None, description="width of the embedding; default: 4 x time_channels")
     time_order: Literal["cos_sin", "sin_cos"] = "cos_sin"
     time_scale: float = Field(1000.0, description="continuous t is multiplied by this before the sinusoids")
     norm_groups: PositiveInt = 32
@@ -181,11 +181,11 @@ class AutoencoderConfig(Section):
     regulariser: Annotated[KLConfig | VQConfig, Field(discriminator="kind")] = KLConfig()
     patch: PositiveInt = 1
     middle: Literal["attention", "none"] = "attention"
-    decoder_levels: tuple[Level, ...] | None = Field(None, description="another, smaller decoder; default: mirror")
-    decoder_patch: PositiveInt | None = Field(None, description="default: patch; f must stay the same")
-    decoder_middle: Literal["attention", "none"] | None = Field(None, description="default: middle")
-    z_channels: PositiveInt | None = Field(None, description="before quant_conv; default: latent_channels")
-    stem_channels: PositiveInt | None = Field(None, description="encoder's stem; default: first level's channels")
+    decoder_levels: tuple[Level, ...] | None = Field(default=None, description="another, smaller decoder; default: mirror")
+    decoder_patch: PositiveInt | None = Field(default=None, description="default: patch; f must stay the same")
+    decoder_middle: Literal["attention", "none"] | None = Field(default=None, description="default: middle")
+    z_channels: PositiveInt | None = Field(default=None, description="before quant_conv; default: latent_channels")
+    stem_channels: PositiveInt | None = Field(default=None, description="encoder's stem; default: first level's channels")
     quant_conv: bool = Field(True, description="1x1 convolutions around the latent, as CompVis has them")
     resample: Literal["conv", "pool"] = "conv"
     norm_groups: PositiveInt = 32
@@ -225,7 +225,7 @@ class LabelCondition(Section):
     kind: Literal["label"] = "label"
     dropout: Fraction = Field(0.1, description="how often training sees the null condition instead")
     enters: Literal["vector", "token"] = "vector"
-    width: PositiveInt | None = Field(None, description="token: its width")
+    width: PositiveInt | None = Field(default=None, description="token: its width")
     null: bool = Field(True, description="a learned row for the absent label; False: absent adds nothing")
 
 
@@ -237,7 +237,7 @@ class BPEText(Section):
     width: PositiveInt = 128
     depth: PositiveInt = 2
     head_dim: PositiveInt = 64
-    heads: PositiveInt | None = Field(None, description="default: width / head_dim")
+    heads: PositiveInt | None = Field(default=None, description="default: width / head_dim")
     length: PositiveInt = Field(32, description="tokens a caption, with its start and end marks; longer ones are cut")
     masked: bool = Field(True, description="False: padding is attended to, as in CompVis' model")
 
@@ -269,9 +269,9 @@ ConditionConfig = Annotated[LabelCondition | TextCondition, Field(discriminator=
 class DataConfig(Section):
     """What is read, and how a picture becomes an array. Columns left out are found by type."""
 
-    source: str | None = Field(None, description="folder, Parquet, WebDataset tar, or a hub name")
+    source: str | None = Field(default=None, description="folder, Parquet, WebDataset tar, or a hub name")
     split: str | None = None
-    size: tuple[PositiveInt, PositiveInt] | None = Field(None, description="height, width; default: as the data is")
+    size: tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="height, width; default: as the data is")
     channels: Literal[1, 3, 4] = 3
     ground: str = Field("white", description="colour under transparent pixels")
     crop: Literal["center", "random"] = "center"
@@ -296,7 +296,7 @@ class LatentSpace(Section):
 
     kind: Literal["latent"] = "latent"
     autoencoder: AutoencoderConfig
-    source: str | None = Field(None, description="a run or folder it came from; default: trained as the first stage")
+    source: str | None = Field(default=None, description="a run or folder it came from; default: trained as the first stage")
     share: Fraction = Field(0.3, description="share of the budget that the autoencoder stage gets")
 
 
@@ -315,8 +315,8 @@ class EMAConfig(Section):
 
 
 class TrainingConfig(Section):
-    images: PositiveInt | None = Field(None, description="stop after this many images")
-    budget_s: float | None = Field(None, gt=0, description="stop after this many seconds")
+    images: PositiveInt | None = Field(default=None, description="stop after this many images")
+    budget_s: float | None = Field(default=None, gt=0, description="stop after this many seconds")
     batch: PositiveInt = 16
     accumulate: PositiveInt = Field(1, description="micro-batches a step; `batch` is their sum")
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -389,7 +389,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     autoencoder_loss: AutoencoderLoss = AutoencoderLoss()
-    classes: tuple[str, ...] | None = Field(None, description="names of the labels, in order")
+    classes: tuple[str, ...] | None = Field(default=None, description="names of the labels, in order")
     label_smoothing: Fraction = Field(0.0, description="classifier task")
     provenance: dict[str, Any] = Field(default_factory=dict, description="where it came from; never read by the code")
 
