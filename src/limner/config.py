@@ -68,7 +68,7 @@ class CosineSchedule(Section):
     """Continuous cosine, alpha = cos(pi t / 2); log-SNR shifted by 2 log `shift` (simple diffusion, eq. 4)."""
 
     kind: Literal["cosine"] = "cosine"
-    shift: float = Field(1.0, gt=0, description="64 / resolution in simple diffusion; below 1 adds noise")
+    shift: float = Field(default=1.0, gt=0, description="64 / resolution in simple diffusion; below 1 adds noise")
     log_snr_max: float = 15.0
     log_snr_min: float = -15.0
 
@@ -77,7 +77,7 @@ class RectifiedFlowSchedule(Section):
     """alpha = 1 - t, sigma = t (Liu et al. 2022); log-SNR shifted by 2 log `shift`."""
 
     kind: Literal["rectified_flow"] = "rectified_flow"
-    shift: float = Field(1.0, gt=0)
+    shift: float = Field(default=1.0, gt=0)
 
 
 ScheduleConfig = Annotated[
@@ -90,8 +90,8 @@ class WeightingConfig(Section):
     """Weight of the x0 error by SNR, see `core/prediction.py`."""
 
     kind: Literal["simple", "truncated_snr", "min_snr", "sigmoid"] = "simple"
-    gamma: float = Field(5.0, gt=0, description="min_snr: the cap")
-    bias: float = Field(0.0, description="sigmoid: log-SNR at which the weight is one half")
+    gamma: float = Field(default=5.0, gt=0, description="min_snr: the cap")
+    bias: float = Field(default=0.0, description="sigmoid: log-SNR at which the weight is one half")
 
 
 # --- networks ---------------------------------------------------------------------------------------------------
@@ -102,8 +102,10 @@ class Level(Section):
 
     channels: PositiveInt
     blocks: PositiveInt = 1
-    attention: bool = Field(False, description="self-attention after each block")
-    cross_attention: int = Field(0, ge=0, description="depth of the spatial transformer after each block; 0: none")
+    attention: bool = Field(default=False, description="self-attention after each block")
+    cross_attention: int = Field(
+        default=0, ge=0, description="depth of the spatial transformer after each block; 0: none"
+    )
 
 
 class UNetConfig(Section):
@@ -111,18 +113,22 @@ class UNetConfig(Section):
 
     kind: Literal["unet"] = "unet"
     levels: tuple[Level, ...] = Field(min_length=1)
-    patch: PositiveInt = Field(1, description="pixel-unshuffle stem: the network works on patches of this side")
-    modulation: Literal["scale_shift", "add"] = Field("scale_shift", description="scale_shift is AdaGN")
-    resample: Literal["block", "conv", "pool"] = Field("block", description="block: BigGAN's residual resampling")
+    patch: PositiveInt = Field(default=1, description="pixel-unshuffle stem: the network works on patches of this side")
+    modulation: Literal["scale_shift", "add"] = Field(default="scale_shift", description="scale_shift is AdaGN")
+    resample: Literal["block", "conv", "pool"] = Field(
+        default="block", description="block: BigGAN's residual resampling"
+    )
     middle: Literal["attention", "transformer", "none"] = "attention"
-    head_dim: PositiveInt | None = Field(64, description="channels a head; or give `heads`")
+    head_dim: PositiveInt | None = Field(default=64, description="channels a head; or give `heads`")
     heads: PositiveInt | None = Field(default=None, description="a fixed number of heads instead of head_dim")
     time_channels: PositiveInt | None = Field(
-        None, description="width of the sinusoids; default: first level's channels"
+        default=None, description="width of the sinusoids; default: first level's channels"
     )
-    emb_channels: PositiveInt | None = Field(default=None, description="width of the embedding; default: 4 x time_channels")
+    emb_channels: PositiveInt | None = Field(
+        default=None, description="width of the embedding; default: 4 x time_channels"
+    )
     time_order: Literal["cos_sin", "sin_cos"] = "cos_sin"
-    time_scale: float = Field(1000.0, description="continuous t is multiplied by this before the sinusoids")
+    time_scale: float = Field(default=1000.0, description="continuous t is multiplied by this before the sinusoids")
     norm_groups: PositiveInt = 32
     norm_eps: float = 1e-5
     transformer_norm_eps: float = 1e-6
@@ -156,7 +162,7 @@ class KLConfig(Section):
     """Diagonal Gaussian latents, Rombach et al. 2022, section 3.1."""
 
     kind: Literal["kl"] = "kl"
-    weight: float = Field(1e-6, ge=0)
+    weight: float = Field(default=1e-6, ge=0)
 
 
 class VQConfig(Section):
@@ -166,10 +172,10 @@ class VQConfig(Section):
     codes: PositiveInt = 1024
     update: Literal["gradient", "ema"] = "ema"
     estimator: Literal["straight_through", "rotation"] = "straight_through"
-    normalised: bool = Field(False, description="l2-normalised codes")
-    commitment: float = Field(0.25, ge=0)
+    normalised: bool = Field(default=False, description="l2-normalised codes")
+    commitment: float = Field(default=0.25, ge=0)
     ema_decay: Fraction = 0.99
-    restart_after: PositiveInt = Field(200, description="batches without use before a code is restarted")
+    restart_after: PositiveInt = Field(default=200, description="batches without use before a code is restarted")
 
 
 class AutoencoderConfig(Section):
@@ -181,12 +187,16 @@ class AutoencoderConfig(Section):
     regulariser: Annotated[KLConfig | VQConfig, Field(discriminator="kind")] = KLConfig()
     patch: PositiveInt = 1
     middle: Literal["attention", "none"] = "attention"
-    decoder_levels: tuple[Level, ...] | None = Field(default=None, description="another, smaller decoder; default: mirror")
+    decoder_levels: tuple[Level, ...] | None = Field(
+        default=None, description="another, smaller decoder; default: mirror"
+    )
     decoder_patch: PositiveInt | None = Field(default=None, description="default: patch; f must stay the same")
     decoder_middle: Literal["attention", "none"] | None = Field(default=None, description="default: middle")
     z_channels: PositiveInt | None = Field(default=None, description="before quant_conv; default: latent_channels")
-    stem_channels: PositiveInt | None = Field(default=None, description="encoder's stem; default: first level's channels")
-    quant_conv: bool = Field(True, description="1x1 convolutions around the latent, as CompVis has them")
+    stem_channels: PositiveInt | None = Field(
+        default=None, description="encoder's stem; default: first level's channels"
+    )
+    quant_conv: bool = Field(default=True, description="1x1 convolutions around the latent, as CompVis has them")
     resample: Literal["conv", "pool"] = "conv"
     norm_groups: PositiveInt = 32
     norm_eps: float = 1e-6
@@ -201,18 +211,27 @@ class AutoencoderLoss(Section):
     """
 
     pixel: Literal["l1", "l2"] = "l1"
-    perceptual: float = Field(1.0, ge=0, description="weight of the perceptual distance; 0: none")
+    perceptual: float = Field(default=1.0, ge=0, description="weight of the perceptual distance; 0: none")
     perceptual_network: Literal["efficientnet-lite0", "lpips"] = "efficientnet-lite0"
-    adversarial: float = Field(0.0, ge=0, description="weight of the patch discriminator's verdict, 0: none; try 0.1")
-    adversarial_from: int = Field(100_000, ge=0, description="images before the discriminator begins to learn")
-    adversarial_warmup: int = Field(20_000, ge=0, description="images over which its weight then rises from zero")
-    adaptive_max: float = Field(1.0, gt=0, description="clamp of the adaptive weight (Esser et al. 2021, eq. 7)")
+    adversarial: float = Field(
+        default=0.0, ge=0, description="weight of the patch discriminator's verdict, 0: none; try 0.1"
+    )
+    adversarial_from: int = Field(default=100_000, ge=0, description="images before the discriminator begins to learn")
+    adversarial_warmup: int = Field(
+        default=20_000, ge=0, description="images over which its weight then rises from zero"
+    )
+    adaptive_max: float = Field(
+        default=1.0, gt=0, description="clamp of the adaptive weight (Esser et al. 2021, eq. 7)"
+    )
     discriminator_channels: PositiveInt = 64
-    discriminator_layers: PositiveInt = Field(3, description="halvings; a verdict sees 70 x 70 pixels at 3, 34 at 2")
-    r1: float = Field(0.0, ge=0, description="gradient penalty on real pictures (Mescheder et al. 2018, eq. 9)")
-    lecam: float = Field(0.0, ge=0, description="LeCam regularisation (Tseng et al. 2021, eq. 7)")
+    discriminator_layers: PositiveInt = Field(
+        default=3, description="halvings; a verdict sees 70 x 70 pixels at 3, 34 at 2"
+    )
+    r1: float = Field(default=0.0, ge=0, description="gradient penalty on real pictures (Mescheder et al. 2018, eq. 9)")
+    lecam: float = Field(default=0.0, ge=0, description="LeCam regularisation (Tseng et al. 2021, eq. 7)")
     equivariance: Fraction = Field(
-        0.0, description="share of batches that decode a shrunk or turned latent to the picture shrunk or turned alike"
+        default=0.0,
+        description="share of batches that decode a shrunk or turned latent to the picture shrunk or turned alike",
     )
 
 
@@ -223,10 +242,10 @@ class LabelCondition(Section):
     """One of K classes, as a vector into AdaGN (or as one token for cross-attention, LDM's ClassEmbedder)."""
 
     kind: Literal["label"] = "label"
-    dropout: Fraction = Field(0.1, description="how often training sees the null condition instead")
+    dropout: Fraction = Field(default=0.1, description="how often training sees the null condition instead")
     enters: Literal["vector", "token"] = "vector"
     width: PositiveInt | None = Field(default=None, description="token: its width")
-    null: bool = Field(True, description="a learned row for the absent label; False: absent adds nothing")
+    null: bool = Field(default=True, description="a learned row for the absent label; False: absent adds nothing")
 
 
 class BPEText(Section):
@@ -238,8 +257,10 @@ class BPEText(Section):
     depth: PositiveInt = 2
     head_dim: PositiveInt = 64
     heads: PositiveInt | None = Field(default=None, description="default: width / head_dim")
-    length: PositiveInt = Field(32, description="tokens a caption, with its start and end marks; longer ones are cut")
-    masked: bool = Field(True, description="False: padding is attended to, as in CompVis' model")
+    length: PositiveInt = Field(
+        default=32, description="tokens a caption, with its start and end marks; longer ones are cut"
+    )
+    masked: bool = Field(default=True, description="False: padding is attended to, as in CompVis' model")
 
 
 class PretrainedText(Section):
@@ -256,8 +277,10 @@ class TextCondition(Section):
     kind: Literal["text"] = "text"
     dropout: Fraction = 0.1
     encoder: Annotated[BPEText | PretrainedText, Field(discriminator="kind")] = BPEText()
-    pooled: bool = Field(True, description="a pooled vector into AdaGN besides the tokens")
-    null: Literal["learned", "empty"] = Field("learned", description="empty: an absent caption is the empty one")
+    pooled: bool = Field(default=True, description="a pooled vector into AdaGN besides the tokens")
+    null: Literal["learned", "empty"] = Field(
+        default="learned", description="empty: an absent caption is the empty one"
+    )
 
 
 ConditionConfig = Annotated[LabelCondition | TextCondition, Field(discriminator="kind")]
@@ -271,15 +294,17 @@ class DataConfig(Section):
 
     source: str | None = Field(default=None, description="folder, Parquet, WebDataset tar, or a hub name")
     split: str | None = None
-    size: tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="height, width; default: as the data is")
+    size: tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="height, width; default: as the data is"
+    )
     channels: Literal[1, 3, 4] = 3
-    ground: str = Field("white", description="colour under transparent pixels")
+    ground: str = Field(default="white", description="colour under transparent pixels")
     crop: Literal["center", "random"] = "center"
-    flip: bool = Field(False, description="mirror left and right at random")
+    flip: bool = Field(default=False, description="mirror left and right at random")
     image_column: str | None = None
     label_column: str | None = None
     text_column: str | None = None
-    held_out: Fraction = Field(0.02, description="share of rows kept for the held-out loss (at most 2,048)")
+    held_out: Fraction = Field(default=0.02, description="share of rows kept for the held-out loss (at most 2,048)")
 
     @field_validator("size", mode="before")
     @classmethod
@@ -296,8 +321,10 @@ class LatentSpace(Section):
 
     kind: Literal["latent"] = "latent"
     autoencoder: AutoencoderConfig
-    source: str | None = Field(default=None, description="a run or folder it came from; default: trained as the first stage")
-    share: Fraction = Field(0.3, description="share of the budget that the autoencoder stage gets")
+    source: str | None = Field(
+        default=None, description="a run or folder it came from; default: trained as the first stage"
+    )
+    share: Fraction = Field(default=0.3, description="share of the budget that the autoencoder stage gets")
 
 
 SpaceConfig = Annotated[PixelSpace | LatentSpace, Field(discriminator="kind")]
@@ -310,40 +337,44 @@ class EMAConfig(Section):
     """Power-function average (Karras et al. 2024, eq. 126): its length is a fixed share of the training so far,
     so that a short run is averaged over its end and never over its random start."""
 
-    relative_std: float = Field(0.05, gt=0, lt=0.28, description="width of the averaging profile, share of training")
-    every: PositiveInt = Field(1, description="optimizer steps between updates")
+    relative_std: float = Field(
+        default=0.05, gt=0, lt=0.28, description="width of the averaging profile, share of training"
+    )
+    every: PositiveInt = Field(default=1, description="optimizer steps between updates")
 
 
 class TrainingConfig(Section):
     images: PositiveInt | None = Field(default=None, description="stop after this many images")
     budget_s: float | None = Field(default=None, gt=0, description="stop after this many seconds")
     batch: PositiveInt = 16
-    accumulate: PositiveInt = Field(1, description="micro-batches a step; `batch` is their sum")
+    accumulate: PositiveInt = Field(default=1, description="micro-batches a step; `batch` is their sum")
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    muon_lr: float = Field(0.02, gt=0, description="muon: step of the hidden matrices; the rest uses lr")
+    lr: float = Field(default=1e-3, gt=0)
+    muon_lr: float = Field(default=0.02, gt=0, description="muon: step of the hidden matrices; the rest uses lr")
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_images: int = Field(2_000, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_images: int = Field(default=2_000, ge=0)
     decay: Literal["constant", "linear", "cosine"] = "linear"
-    decay_from: Fraction = Field(0.3, description="share of the budget after which the learning rate falls")
-    clip: float = Field(1.0, gt=0)
+    decay_from: Fraction = Field(default=0.3, description="share of the budget after which the learning rate falls")
+    clip: float = Field(default=1.0, gt=0)
     ema: EMAConfig = EMAConfig()
     times: Literal["uniform", "logit_normal", "log_uniform"] = Field(
-        "uniform", description="stratified over the batch; log_uniform dwells on little noise (classifiers)"
+        default="uniform", description="stratified over the batch; log_uniform dwells on little noise (classifiers)"
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     seed: int = 0
-    checkpoint_every: PositiveInt = Field(100_000, description="images")
+    checkpoint_every: PositiveInt = Field(default=100_000, description="images")
     keep_last: PositiveInt = 2
-    log_every: PositiveInt = Field(2_000, description="images")
-    held_out_every: PositiveInt = Field(50_000, description="images")
-    preview_every: PositiveInt = Field(50_000, description="images")
-    previews: PositiveInt = Field(16, description="pictures a preview")
-    nan_patience: PositiveInt = Field(20, description="bad steps in a row before the run stops")
-    patience: PositiveInt = Field(5, description="classifier: held-out rounds without a better one before it ends")
-    trackers: tuple[str, ...] = Field((), description="tensorboard, wandb, trackio")
+    log_every: PositiveInt = Field(default=2_000, description="images")
+    held_out_every: PositiveInt = Field(default=50_000, description="images")
+    preview_every: PositiveInt = Field(default=50_000, description="images")
+    previews: PositiveInt = Field(default=16, description="pictures a preview")
+    nan_patience: PositiveInt = Field(default=20, description="bad steps in a row before the run stops")
+    patience: PositiveInt = Field(
+        default=5, description="classifier: held-out rounds without a better one before it ends"
+    )
+    trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb, trackio")
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -358,22 +389,24 @@ class SamplingConfig(Section):
     steps: PositiveInt = 20
     spacing: str = "log_snr"
     guidance: float = 2.0
-    interval: tuple[float, float] = Field((0.0, 1.0), description="guidance acts for t in this range")
+    interval: tuple[float, float] = Field(default=(0.0, 1.0), description="guidance acts for t in this range")
     rescale: Fraction = 0.0
-    clip: bool = Field(True, description="predicted x0 clipped to [-1, 1]; pixels only")
+    clip: bool = Field(default=True, description="predicted x0 clipped to [-1, 1]; pixels only")
     variance: Literal["learned", "small", "large"] | None = Field(
-        None, description="ddpm: the steps' variance; default: learned where the network has it, else small"
+        default=None, description="ddpm: the steps' variance; default: learned where the network has it, else small"
     )
 
 
 class DiffusionProcess(Section):
     schedule: ScheduleConfig = CosineSchedule()
     prediction: PredictionKind = "v_prediction"
-    learned_variance: bool = Field(False, description="ADM: the output's second half interpolates the log variance")
-    vlb_weight: float = Field(0.001, ge=0, description="lambda of the hybrid loss, with learned_variance")
+    learned_variance: bool = Field(
+        default=False, description="ADM: the output's second half interpolates the log variance"
+    )
+    vlb_weight: float = Field(default=0.001, ge=0, description="lambda of the hybrid loss, with learned_variance")
     weighting: WeightingConfig = WeightingConfig()
     time_input: Literal["continuous", "step"] = Field(
-        "continuous", description="step: the network sees the DDPM step i = t x T - 1 (imported models)"
+        default="continuous", description="step: the network sees the DDPM step i = t x T - 1 (imported models)"
     )
 
 
@@ -390,7 +423,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     autoencoder_loss: AutoencoderLoss = AutoencoderLoss()
     classes: tuple[str, ...] | None = Field(default=None, description="names of the labels, in order")
-    label_smoothing: Fraction = Field(0.0, description="classifier task")
+    label_smoothing: Fraction = Field(default=0.0, description="classifier task")
     provenance: dict[str, Any] = Field(default_factory=dict, description="where it came from; never read by the code")
 
     @model_validator(mode="after")
