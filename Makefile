@@ -29,7 +29,7 @@ demo: setup
 	  $(BIN)/limner sample $(DEMO)/run --num 32 --guidance $$s --seed 0 --out $(DEMO)/guidance-$$s.png --overwrite || exit; \
 	done
 	@echo
-	@echo "Pictures by the model that was just trained, one row of each group in turn, the same noise in each file:"
+	@echo "Pictures by the model that was just trained, a column for each group, the same noise in each file:"
 	@for s in 1 2 3; do echo "  $(CURDIR)/$(DEMO)/guidance-$$s.png"; done
 	@echo "The run, with its previews and metrics: $(CURDIR)/$(DEMO)/run"
 	@echo "More of them: $(BIN)/limner sample $(DEMO)/run --label 'Food & Drink' --num 16 --out food.png"

@@ -15,6 +15,7 @@ import typer
 from limner import __version__
 from limner.cli.check import check
 from limner.cli.console import DONE, OUR_FAULT, STOPPED, WRONG_INPUT
+from limner.cli.convert import convert
 from limner.cli.sample import sample
 from limner.cli.train import train
 from limner.errors import LimnerError
@@ -49,7 +50,7 @@ def _limner(
         context.get_help()
 
 
-for _command in (train, sample, check):
+for _command in (train, sample, check, convert):
     app.command()(_command)
 
 
