@@ -13,11 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 import limner
 from limner import build
-from limner import config as c
 from limner.core.losses import DiffusionLoss, LossTerms
 from limner.errors import LimnerError
 from limner.generator import Generator
@@ -27,7 +25,6 @@ from limner.interop.adm_flags import PUBLISHED
 from limner.interop.adm_shapes import structure
 from limner.interop.imported import shapes
 from limner.interop.keymap import convert
-from limner.nn.unet import Level, UNet
 
 FIXTURES = Path(__file__).parent / "fixtures"
 Recorded = dict[str, Tensor]
@@ -229,6 +226,21 @@ def test_a_line_for_both_networks_keeps_the_classifier_as_the_peer_fixes_it() ->
     assert config.model.head_dim == 64  # not the model's 16
 
 
+def test_a_classifier_whose_flags_say_no_schedule_takes_the_models() -> None:
+    gen = limner.load(MODEL, flags={**FLAGS["model"], "noise_schedule": "cosine", "diffusion_steps": 400})
+    clf = limner.load(CLASSIFIER, flags=FLAGS["classifier"])
+    assert isinstance(gen, Generator)
+    assert isinstance(clf, NoisyClassifier)
+    fitted = clf.fitted(gen.config)
+    assert fitted.config.process.schedule == gen.config.process.schedule
+    x, half = recorded("adm")["x"], torch.tensor(0.5)
+    label = torch.tensor([1, 2])
+    torch.testing.assert_close(fitted.log_prob_at(x, half, label), clf.log_prob(x, torch.tensor([199, 199]), label))
+    other = limner.load(CLASSIFIER, flags={**FLAGS["classifier"], "noise_schedule": "linear"})
+    with pytest.raises(LimnerError, match="its schedule is"):
+        gen.sample(label=0, classifier=other, classifier_scale=1.0)
+
+
 def test_scripts_flags_say_how_to_sample() -> None:
     flags = {**FLAGS["model"], "use_ddim": True, "batch_size": 4, "model_path": "x.pt", "timestep_respacing": "4,3"}
     loaded = limner.load(MODEL, flags=flags)
@@ -275,20 +287,18 @@ def test_ema_files_are_models_and_optimizer_files_are_not(tmp_path: Path) -> Non
 # --- super-resolution ------------------------------------------------------------------------------------------------
 
 
-def test_upsampler_network() -> None:
+def test_upsampler() -> None:
     """Predicts x0, rescales its steps, is in half precision, and concatenates the enlarged picture."""
-    io, weights = recorded("adm_upsampler"), safe.read(FIXTURES / "adm_upsampler" / "model.pt").weights
-    network = UNet(6, 6, [Level(32), Level(32, attention=True)], head_dim=16, time_scale=1000 / 400)
-    targets = {f"network.{name}": tuple(x.shape) for name, x in network.state_dict().items()}
-    targets["conditioner.modalities.label.table.weight"] = (7, 128)
-    shape = c.UNetConfig.model_construct(head_dim=16, heads=None)
-    rules = adm.table(structure(weights, "model.pt"), shape, legacy=True)
-    state = safe.as_float32(convert(weights, rules, targets, where="model.pt"))
-    table = state.pop("conditioner.modalities.label.table.weight")
-    network.load_state_dict({name.removeprefix("network."): x for name, x in state.items()})
-    large = interpolate(io["low_res"], (16, 16), mode="bilinear")
-    with torch.no_grad():
-        one_call(network.eval()(io["x"], io["t"].float(), vector=table[io["y"]], spatial=large), io["raw"])
+    gen, io = generator("adm_upsampler"), recorded("adm_upsampler")
+    one_call(gen.raw(io["x"], io["t"], label=io["y"], image=io["low_res"]), io["raw"])
+    given: dict[str, Any] = {"label": io["y"], "image": io["low_res"], "initial_noise": io["x"], "output": "tensor"}
+    for name, options in (("", {}), ("_guided", {"classifier": guide, "classifier_scale": 1.0})):
+        whole_loop(gen.sample(sampler="ddim", **given, **options), io[f"ddim{name}"])
+        noise = list(io[f"ddpm{name}_noise"])
+        whole_loop(gen.sample(sampler="ddpm", step_noise=noise, **given, **options), io[f"ddpm{name}"])
+    check_losses(losses(gen, io, cond=gen.embed(label=io["y"], image=io["low_res"])), io)
+    with pytest.raises(LimnerError, match="enlarges pictures of 8x8; give image"):
+        gen.sample(label=0)
 
 
 # --- the published models: names and shapes of their weights as the peer's code makes them --------------------------
@@ -299,8 +309,8 @@ COUNTS = {
     "256x256_diffusion": 553.8,
     "512x512_diffusion": 559.0,
 }
-NAMES = ["256x256_diffusion_uncond", *COUNTS, *(f"{n}x{n}_classifier" for n in (64, 128, 256, 512))]
 UPSAMPLERS = ["64_256_upsampler", "128_512_upsampler"]
+NAMES = ["256x256_diffusion_uncond", *UPSAMPLERS, *COUNTS, *(f"{n}x{n}_classifier" for n in (64, 128, 256, 512))]
 
 
 @pytest.fixture(scope="module")
@@ -318,11 +328,6 @@ def test_published_models_are_known_by_shape_and_fit(name: str, weights_of: dict
     state = convert(weights_of[name], made.rules, shapes(made.config), where=name)
     count = sum(x.numel() for x in state.values()) / 1e6
     assert round(count, 1) == COUNTS.get(name, round(count, 1))
-
-
-@pytest.mark.parametrize("name", UPSAMPLERS)
-def test_published_upsamplers_are_known_by_shape(name: str, weights_of: dict[str, dict[str, Tensor]]) -> None:
-    assert adm.published(structure(weights_of[name], name), "model") == name
 
 
 def test_models_of_one_shape_are_told_by_name(weights_of: dict[str, dict[str, Tensor]]) -> None:

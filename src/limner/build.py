@@ -18,6 +18,7 @@ from limner.nn.autoencoder import Autoencoder
 from limner.nn.classifier import NoisyClassifier
 from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
 from limner.nn.quantizer import VectorQuantizer
+from limner.nn.spatial import ImageConditioner
 from limner.nn.text import PretrainedEncoder, PretrainedTokenizer, TextConditioner, TextTransformer, Vocabulary
 from limner.nn.unet import Level, UNet
 
@@ -122,6 +123,9 @@ def conditioner(config: c.RunConfig, emb_channels: int) -> Conditioner | None:
                 raise LimnerError("classes: a label condition needs the names of the classes; the data has none")
             width = section.width or emb_channels
             modalities["label"] = LabelConditioner(len(config.classes), width, enters=section.enters, null=section.null)
+        elif isinstance(section, c.ImageCondition):
+            size = space_shape(config)[1:]
+            modalities["image"] = ImageConditioner(config.data.channels, size, section.size, null=section.null)
         else:
             modalities["text"] = text_conditioner(section, emb_channels)
     return Conditioner(modalities) if modalities else None
@@ -162,8 +166,9 @@ def model(config: c.RunConfig) -> Model:
     if isinstance(config.space, c.LatentSpace):
         first_stage = autoencoder(config.space.autoencoder, config.data.channels).freeze()
     token_channels = None if tau is None else tau.token_channels
+    wide = channels + (0 if tau is None else tau.spatial_channels)
     try:
-        return Model(UNet(channels, out, levels, token_channels=token_channels, **options), tau, first_stage)
+        return Model(UNet(wide, out, levels, token_channels=token_channels, **options), tau, first_stage)
     except ValueError as error:
         raise LimnerError(f"model.levels: {error}") from None
 

@@ -283,7 +283,16 @@ class TextCondition(Section):
     )
 
 
-ConditionConfig = Annotated[LabelCondition | TextCondition, Field(discriminator="kind")]
+class ImageCondition(Section):
+    """A small picture, enlarged to the picture's size and concatenated to x_t: super-resolution."""
+
+    kind: Literal["image"] = "image"
+    dropout: Fraction = 0.1
+    size: tuple[PositiveInt, PositiveInt] = Field((16, 16), description="height, width of the small picture")
+    null: bool = Field(True, description="an absent picture is grey; False: every picture must be given")
+
+
+ConditionConfig = Annotated[LabelCondition | TextCondition | ImageCondition, Field(discriminator="kind")]
 
 
 # --- data, space ------------------------------------------------------------------------------------------------
@@ -399,6 +408,9 @@ class SamplingConfig(Section):
 
 class DiffusionProcess(Section):
     schedule: ScheduleConfig = CosineSchedule()
+    schedule_known: bool = Field(
+        True, description="False: an imported classifier whose flags don't say; it takes the diffusion model's"
+    )
     prediction: PredictionKind = "v_prediction"
     learned_variance: bool = Field(
         default=False, description="ADM: the output's second half interpolates the log variance"
@@ -516,7 +528,7 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
 
 _UNION_TAGS = frozenset(
     "linear scaled_linear discrete_cosine cosine rectified_flow unet classifier autoencoder kl vq "
-    "label text bpe pretrained pixels latent".split()
+    "label text image bpe pretrained pixels latent".split()
 )
 
 

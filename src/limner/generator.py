@@ -28,6 +28,7 @@ from limner.settings import Settings
 OUTPUTS = ("pil", "array", "tensor", "latent")
 Output = Literal["pil", "array", "tensor", "latent"]
 BATCH = 64
+Pictures = Tensor | npt.NDArray[np.uint8] | Image.Image | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Generator:
         num: int | None = None,
         label: Labels | None = None,
         text: str | Sequence[str] | None = None,
+        image: Pictures | None = None,
         seed: int = 0,
         first: int = 0,
         batch: int = BATCH,
@@ -129,8 +131,10 @@ class Generator:
     ) -> Iterator[Drawn]:
         """Draw batch by batch, so that memory doesn't grow with `num`. Whatever is wrong is raised at once.
 
-        num: how many pictures; by default one for each label or caption given. label, text: one for all, or a list,
-        repeated in rotation to `num`; where none is given, a labelled model draws its classes in rotation.
+        num: how many pictures; by default one for each label, caption or picture given. label, text: one for all, or a
+        list, repeated in rotation to `num`; where none is given, a labelled model draws its classes in rotation.
+        image: pictures to enlarge, for a super-resolution model: floats (N, C, h, w) in [-1, 1], uint8 (N, h, w, C),
+        or PIL.
         seed, first: picture k has the noise of (seed, first + k), whatever the batch.
         classifier: a noisy classifier from `limner.load`, or any `log_prob(x_t, t) -> (B,)`; it acts with
         `classifier_scale`, towards `classifier_label` where that differs from `label`.
@@ -147,7 +151,7 @@ class Generator:
                 if classifier_label is not None and given is None
                 else given
             )
-        conditions, count = self._conditions(label, text, given if num is None else num)
+        conditions, count = self._conditions(label, text, image, given if num is None else num)
         guide = Guide.towards(classifier, classifier_label, conditions.get("label"), count, asked, self.config)
         self._check(asked, classifier, batch)
         if initial_noise is not None and initial_noise.shape != (count, *self.shape):
@@ -219,10 +223,10 @@ class Generator:
         if settings.classifier_scale and classifier is None:
             raise LimnerError(f"classifier_scale {settings.classifier_scale:g}: needs a classifier")
 
-    def _conditions(self, label: Labels | None, text: str | Sequence[str] | None,
+    def _conditions(self, label: Labels | None, text: str | Sequence[str] | None, image: Pictures | None,
                     num: int | None) -> tuple[dict[str, Any], int]:  # fmt: skip
         """What each of the pictures is asked to show, by modality, and how many there are."""
-        for name, value in (("label", label), ("text", text)):
+        for name, value in (("label", label), ("text", text), ("image", image)):
             if value is not None and name not in self.modalities:
                 had = f"it has {' and '.join(self.modalities)}" if self.modalities else "it is unconditional"
                 raise LimnerError(f"{name}: this model was not trained with it; {had}")
@@ -233,6 +237,8 @@ class Generator:
             lists["label"] = torch.arange(len(self.classes))
         if text is not None:
             lists["text"] = [text] if isinstance(text, str) else list(text)
+        if image is not None:
+            lists["image"] = as_images(image)
         asked = max((len(v) for k, v in lists.items() if (k, label) != ("label", None)), default=1)
         num = asked if num is None else num
         if num < 1 or any(len(values) == 0 for values in lists.values()):
@@ -251,6 +257,8 @@ class Generator:
         """What each picture was asked to show; `towards`: by a classifier, where the model itself knows no labels."""
         facts: list[dict[str, Any]] = towards or [{} for _ in range(count)]
         for name, values in cond.items():
+            if name == "image":
+                continue
             for fact, value in zip(facts, values, strict=True):
                 fact[name] = int(value) if isinstance(value, Tensor) else value
                 if name == "label":
@@ -288,6 +296,8 @@ class Generator:
         """tau(y) of a batch; names of labels and numbers do alike."""
         if cond.get("label") is not None:
             cond["label"] = label_numbers(cond["label"], self.classes)
+        if cond.get("image") is not None:
+            cond["image"] = as_images(cond["image"])
         cond = {name: value for name, value in cond.items() if value is not None}
         size = batch if batch is not None else max((len(value) for value in cond.values()), default=1)
         return self.model.embed(cond, size)
@@ -305,6 +315,19 @@ def decode(autoencoder: Any, latents: Tensor, config: RunConfig, device: torch.d
     with autocast(config.training.precision, device):
         parts = [autoencoder.decode(autoencoder.denormalise(z.to(device))) for z in latents.split(batch)]
     return torch.cat([x.float().cpu() for x in parts]).clamp(-1, 1)
+
+
+def as_images(pictures: Pictures) -> Tensor:
+    """Pictures of any kind as floats (N, C, h, w) in [-1, 1]. Raises LimnerError for another shape or for nothing."""
+    if isinstance(pictures, Image.Image):
+        pictures = [pictures]
+    if not isinstance(pictures, Tensor | np.ndarray):
+        pictures = np.stack([np.asarray(p)[..., None] if p.mode == "L" else np.asarray(p) for p in pictures])
+    if isinstance(pictures, np.ndarray):
+        pictures = torch.from_numpy(pictures).movedim(-1, 1).float() / 127.5 - 1
+    if pictures.ndim != 4:
+        raise LimnerError(f"image: shape {tuple(pictures.shape)}, should be (N, C, h, w)")
+    return pictures
 
 
 def to_uint8(images: Tensor) -> npt.NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,14 @@ class NoisyClassifier:
         with autocast(self.config.training.precision, self.device):
             return _picked(self.model.network(x_t, time), label)
 
+    def fitted(self, diffusion: RunConfig) -> NoisyClassifier:
+        """Itself, or with the diffusion model's schedule where its own isn't known."""
+        if self.config.process.schedule_known:
+            return self
+        update = {"schedule": diffusion.process.schedule, "schedule_known": True}
+        process = self.config.process.model_copy(update=update)
+        return replace(self, config=self.config.model_copy(update={"process": process}))
+
     def refuse_unfit(self, diffusion: RunConfig) -> None:
         """Raises LimnerError unless it was trained for this diffusion model: schedule, space, size, classes."""
         own = self.config
@@ -145,6 +153,7 @@ class Guide:
                 raise LimnerError(f"classifier: a {type(classifier).__name__}; should be a noisy classifier from "
                                   "limner.load, or log_prob(x_t, t) -> (B,)")  # fmt: skip
             return Guide(classifier)
+        classifier = classifier.fitted(diffusion)
         classifier.refuse_unfit(diffusion)
         if label is None:
             numbers = torch.arange(len(classifier.classes)) if model_label is None else model_label

@@ -206,8 +206,12 @@ class ClassifierGradient:
         self.log_prob, self.scale, self.interval = log_prob, scale, interval
         self.skipped = 0
 
+    def acts(self, t: Tensor) -> bool:
+        """Whether it is on for any of these t."""
+        return self.scale != 0 and bool(_within(t, *self.interval).any())
+
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None, /) -> Tensor:
-        if self.scale == 0 or not bool(_within(t, *self.interval).any()):
+        if not self.acts(t):
             return torch.zeros_like(x)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x.detach().clone().requires_grad_()  # a clone: inference tensors cannot require gradients
@@ -237,10 +241,14 @@ class ClassifierGuided:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None, /) -> Denoised:
         out = self.denoise(x, t, cond)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        if bool((alpha == 0).all()):
+        if not self.gradient.acts(t) or bool((alpha == 0).all()):
             return out
-        factor = torch.where(alpha == 0, 0.0, sigma**2 / alpha)
-        return replace(out, x0=out.x0 + per_image(factor, x) * self.gradient(x, t, cond), plain=_plain(out))
+        gradient = self.gradient(x, t, cond)
+        # By way of eps, as the paper and its code have it: near alpha = 0 float32 then rounds as theirs does.
+        inverse, ratio = per_image(1 / alpha, x), per_image(sigma / alpha, x)
+        eps = (inverse * x - out.x0) / ratio - per_image(sigma, x) * gradient
+        x0 = torch.where(per_image(alpha, x) == 0, out.x0, inverse * x - ratio * eps)
+        return replace(out, x0=x0, plain=_plain(out))
 
 
 def classifier(

@@ -32,6 +32,7 @@ CHANNEL_MULT = {
 """Channels of the levels by picture size, where `channel_mult` isn't given."""
 UPSAMPLER_512_MULT = (1, 1, 2, 2, 4, 4)
 IMAGENET = 1000
+SCHEDULE = {"noise_schedule", "diffusion_steps"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def plan(found: Structure, path: Path, flags: Mapping[str, Any] | str | Path | N
     settled = _settled(found, given)
     if settled["use_kl"]:
         notes.append(f"{where}: use_kl is a training loss that Limner lacks; fine-tuning uses the hybrid loss")
-    config = _recipe(found, levels, settled, where)
+    known = not found.is_classifier or not SCHEDULE.isdisjoint(given)
+    config = _recipe(found, levels, settled, where, known=known)
     model = config.model
     assert isinstance(model, c.UNetConfig | c.ClassifierConfig)
     return Plan(config, table(found, model, legacy=not settled["use_new_attention_order"]), tuple(notes))
@@ -244,7 +246,8 @@ def _multipliers(flags: Flags) -> list[float]:
 # --- the recipe ----------------------------------------------------------------------------------------------------
 
 
-def _recipe(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: str) -> c.RunConfig:
+def _recipe(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: str, *, known: bool) -> c.RunConfig:
+    """known: whether the flags said the schedule; those of a classifier's script needn't."""
     if found.is_classifier and found.pool_pixels:
         size = round(found.pool_pixels**0.5) * 2 ** (len(levels) - 1)
     else:
@@ -253,12 +256,12 @@ def _recipe(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: 
     if found.classes and not found.is_classifier:
         conditions.append({"kind": "label", "dropout": 0.0, "null": False})
     if found.is_upsampler:
-        conditions.append({"kind": "image", "dropout": 0.0, "size": [flags["small_size"]] * 2})
+        conditions.append({"kind": "image", "dropout": 0.0, "null": False, "size": [flags["small_size"]] * 2})
     kind: dict[str, Any] = {"kind": "classifier", "pool": found.pool} if found.is_classifier else {"kind": "unet"}
     recipe = {
         "task": "classifier" if found.is_classifier else "diffusion",
         "data": {"size": [size, size], "channels": _checked_channels(found, where)},
-        "process": _process(found, flags, where),
+        "process": _process(found, flags, where, known=known),
         "model": {**kind, **_network(found, levels, flags, where)},
         "conditions": conditions,
         "sampling": _sampling(flags, learned=found.learns_variance),
@@ -312,7 +315,7 @@ def _heads(found: Structure, levels: tuple[c.Level, ...], flags: Flags, where: s
     return {"head_dim": None, "heads": number}
 
 
-def _process(found: Structure, flags: Flags, where: str) -> dict[str, Any]:
+def _process(found: Structure, flags: Flags, where: str, *, known: bool) -> dict[str, Any]:
     schedules = {"linear": "linear", "cosine": "discrete_cosine"}
     name, steps = flags["noise_schedule"], flags["diffusion_steps"]
     if name not in schedules:
@@ -321,6 +324,7 @@ def _process(found: Structure, flags: Flags, where: str) -> dict[str, Any]:
         raise LimnerError(f"{where}: flag 'diffusion_steps' is {steps}; should be 1 or more")
     return {
         "schedule": {"kind": schedules[name], "steps": steps},
+        "schedule_known": known,
         "prediction": "sample" if flags["predict_xstart"] else "epsilon",
         "learned_variance": found.learns_variance,
         "time_input": "step",

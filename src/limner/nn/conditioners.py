@@ -107,6 +107,8 @@ class Conditioner(nn.Module):
             raise LimnerError(f"conditions: their tokens should be of one width for cross-attention, are {said}")
         self.token_channels: int | None = next(iter(widths.values())) if widths else None  # pyright: ignore
 
+        self.spatial_channels: int = sum(getattr(m, "spatial_channels", 0) for m in modalities.values())
+
     def learn(self, values: Mapping[str, Sequence[str]]) -> None:
         """Let each modality that learns from data before training do so (the vocabulary of captions)."""
         for name, module in self.modalities.items():
