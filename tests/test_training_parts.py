@@ -160,15 +160,17 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 def test_compiling_is_decided_by_the_whole_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.shutil, "which", lambda name: "/usr/bin/" + name)
     monkeypatch.setattr(devices.sys, "platform", "linux")
-    assert wants_compile(TrainingConfig(budget_s=1200))
-    assert not wants_compile(TrainingConfig(budget_s=60))
-    assert not wants_compile(TrainingConfig(images=1000))
-    assert not wants_compile(TrainingConfig(images=10_000_000, budget_s=60))
-    assert wants_compile(TrainingConfig(images=10_000_000))
-    assert wants_compile(TrainingConfig(images=16, compile="on"))
-    assert not wants_compile(TrainingConfig(budget_s=1200, compile="off"))
+    cuda = torch.device("cuda")
+    assert not wants_compile(TrainingConfig(budget_s=1200), torch.device("cpu"))
+    assert wants_compile(TrainingConfig(budget_s=1200), cuda)
+    assert not wants_compile(TrainingConfig(budget_s=60), cuda)
+    assert not wants_compile(TrainingConfig(images=1000), cuda)
+    assert not wants_compile(TrainingConfig(images=10_000_000, budget_s=60), cuda)
+    assert wants_compile(TrainingConfig(images=10_000_000), cuda)
+    assert wants_compile(TrainingConfig(images=16, compile="on"), cuda)
+    assert not wants_compile(TrainingConfig(budget_s=1200, compile="off"), cuda)
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
-    assert not wants_compile(TrainingConfig(budget_s=1200))
+    assert not wants_compile(TrainingConfig(budget_s=1200), cuda)
 
 
 def test_flips_are_drawn_for_about_half_of_the_rows() -> None:

@@ -30,16 +30,17 @@ def tune(device: torch.device) -> None:
         torch.set_flush_denormal(True)  # moments that die away would take a hundred times longer as denormals
 
 
-def wants_compile(config: TrainingConfig) -> bool:
-    """Whether to compile: as the recipe says, or where a compiler is found and the whole budget is long enough to earn
-    it back. It depends on the recipe and the machine alone, so that a resumed run computes as before."""
+def wants_compile(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether to compile: as the recipe says; else on a GPU, where the whole budget is long enough to earn it back (on
+    two CPU cores it took 103 s and gained nothing over `nn/norm.py`). It depends on the recipe and the machine alone,
+    so that a resumed run computes as before."""
     if config.compile != "auto":
         return config.compile == "on"
     long_enough = (config.budget_s or 0) >= COMPILE_PAYS_S or (
         config.budget_s is None and (config.images or 0) >= COMPILE_PAYS_IMAGES
     )
     compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
-    return long_enough and compiler and sys.platform != "win32"
+    return device.type == "cuda" and long_enough and compiler and sys.platform != "win32"
 
 
 class Compiled:

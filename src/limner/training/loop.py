@@ -111,7 +111,7 @@ class Training:
             name: Optimizer(module, self.settings, task.hidden if name == "model" else ())
             for name, module in task.modules.items()
         }
-        self.compiled = Compiled(task.networks, wants_compile(self.settings), display.say)
+        self.compiled = Compiled(task.networks, wants_compile(self.settings, self.device), display.say)
         self.checkpoints = Checkpoints(out, self.settings.keep_last)
         self.metrics = MetricsFile(out / "metrics.jsonl")
         self.data_statistics = preview.data_statistics(data) if self.main else {}
