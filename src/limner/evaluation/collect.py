@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from limner.errors import LimnerError
-from limner.evaluation.features import FeatureNetwork
+from limner.evaluation.features import FeatureNetwork, as_rgb
 from limner.evaluation.metrics import ColourSums, Moments, ScoreSums
 
 Batch = tuple[npt.NDArray[np.uint8], Mapping[str, Any]]
@@ -21,8 +21,8 @@ KEEP = 10_000
 """Pictures whose features are kept for neighbours, kernels and classes: the cap of all quadratic work."""
 SHEET = 64
 """Pictures kept as pictures, for reports."""
-BATCH = 64
-"""Pictures a pass of the feature network."""
+BATCH = 32
+"""Pictures a pass of the feature network: what a CPU's caches hold."""
 
 
 class Reservoir:
@@ -97,7 +97,11 @@ class Collected:
         return self.pooled.n
 
     def add(
-        self, pictures: npt.NDArray[np.uint8], conditions: Mapping[str, Any], network: FeatureNetwork, judge: Any = None
+        self,
+        pictures: npt.NDArray[np.uint8],
+        conditions: Mapping[str, Any],
+        network: FeatureNetwork,
+        judge: FeatureNetwork | None = None,
     ) -> None:
         """Add a batch. `judge`: a second network, whose `logits` name the class of each picture."""
         self._check(pictures)
@@ -107,8 +111,8 @@ class Collected:
             self.spatial.update(found["spatial"])
         if "logits" in found:
             self.scores.update(found["logits"])
-        self.colours.update(pictures)
-        columns: dict[str, npt.NDArray[Any]] = {"pooled": found["pooled"].numpy()}
+        self.colours.update(as_rgb(pictures).permute(0, 2, 3, 1).numpy())
+        columns: dict[str, npt.NDArray[Any]] = {"pooled": found["pooled"].half().numpy()}
         columns["row"] = np.arange(self.n - len(pictures), self.n)
         if conditions.get("label") is not None:
             columns["label"] = np.asarray(conditions["label"], dtype=np.int64)
@@ -146,19 +150,20 @@ def collect(
     seed: int = 0,
     num: int | None = None,
     judge: FeatureNetwork | None = None,
-    progress: Any = None,
+    progress: Callable[[int], None] | None = None,
+    alone: bool = False,
 ) -> Collected:
     """Run the network over pictures, at most `num`; memory does not grow with their number.
 
     `progress(done)` is called after each batch. Under torch.distributed every process gives its own pictures, and
-    all get the sums of all. Raises LimnerError: no pictures, pictures of several sizes.
+    all get the sums of all, unless this one works `alone`. Raises LimnerError: no pictures, pictures of several sizes.
     """
     found = Collected(seed=seed, keep=keep)
     for pictures, conditions in _rebatched(batches, num):
         found.add(pictures, conditions, network, judge)
         if progress is not None:
             progress(found.n)
-    found = gathered(found)
+    found = found if alone else gathered(found)
     if not found.n:
         raise LimnerError("samples: there are no pictures")
     return found

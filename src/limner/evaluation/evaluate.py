@@ -1,21 +1,79 @@
-"""Measure samples against real pictures."""
+"""Measure samples against real pictures: files, arrays or a stream in, a report out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from limner.evaluation import metrics, neighbours, probe, reference
-from limner.evaluation.collect import collect
-from limner.evaluation.features import network
+from limner import __version__
+from limner.errors import LimnerError
+from limner.evaluation import metrics, neighbours, probe
+from limner.evaluation import reference as references
+from limner.evaluation.collect import KEEP, collect
+from limner.evaluation.features import FeatureNetwork, network
+from limner.evaluation.figures import Subject, measure, sheet, warnings_of
+from limner.evaluation.real import RealPictures, open_real
+from limner.evaluation.report import Report
+from limner.evaluation.samples import in_classes, open_samples
+
+Progress = Callable[[str, int], None]
+"""Told what is being done ("reference", "samples", "figures") and how many pictures are done."""
+
+
+def evaluate(
+    samples: Any,
+    reference: Any,
+    *,
+    features: str | FeatureNetwork = "efficientnet-lite0",
+    num: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    judge: FeatureNetwork | None = None,
+    keep: int = KEEP,
+    pictures: int = 24,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare samples with real pictures.
+
+    samples: what `open_samples` takes: an `.npz`, folder, `.tar`, array, data set, or an iterable of batches (uint8
+    (B, H, W, C), {"label": ..., "text": ...}), of which nothing is kept but `keep` feature vectors and a few pictures.
+    reference: what `open_real` takes: a data set, a DataConfig, a path; or statistics kept from an earlier run. Its
+    statistics are cached by the digest of data, resizing and network. num: at most that many samples. settings: how the
+    samples were made (sampler, steps, guidance, seed), beside what their files say. judge: one's own classifier
+    (`features.network("trained:RUN", classifier=...)`). pictures: shown in the report. seed: of the evaluation's draws.
+
+    Under torch.distributed every process gives its own samples and gets the same report. Raises LimnerError: no
+    pictures or one, several sizes, NaN, classes that the reference has not, a reference of another size.
+    """
+    net = network(features) if isinstance(features, str) else features
+    tell = progress or (lambda stage, done: None)
+    opened = open_samples(samples)
+    data, real = _reference(reference, net, opened.size, tell)
+    batches = in_classes(opened.batches, real.class_names)
+    found = collect(batches, net, keep=keep, num=num, seed=seed, judge=judge, progress=lambda n: tell("samples", n))
+    if found.n < 2:
+        raise LimnerError(f"samples: {found.n} picture is too few; a comparison needs at least 2")
+    tell("figures", 0)
+    subject = Subject(found, real, data, net, judge, found.kept.columns())
+    about = {
+        "samples": {"source": opened.name, "n": found.n, "size": f"{found.size[1]}x{found.size[0]}"},
+        "settings": {**opened.settings, **(settings or {})},
+        "features": net.recipe(found.size),
+        "reference": {"source": _name(reference), "digest": real.facts["digest"], "n": real.pooled.n or None},
+        "evaluation": {"seed": seed, "kept": len(subject.features), "limner": __version__},
+    }
+    measured = {figure.name: figure for figure in measure(subject)}
+    return Report(measured, about, tuple(warnings_of(subject)), sheet(subject, pictures))
 
 
 def quick(
     samples: npt.NDArray[np.uint8],
     labels: npt.NDArray[np.int64] | None,
-    data: reference.RealPictures,
+    data: RealPictures,
     n: int | None = None,
     *,
     features: str = "efficientnet-lite0",
@@ -29,20 +87,31 @@ def quick(
     `neighbours_of` pictures of each side.
     """
     net = network(features)
-    real = reference.of_dataset(data, net, num=n)
+    real = references.of_dataset(data, net, num=n)
     found = collect([(samples, {} if labels is None else {"label": np.asarray(labels)})], net)
     kept = found.kept.columns()
-    report: dict[str, Any] = {
-        "n": found.n,
-        f"FD-{net.name}": metrics.frechet_distance(found.pooled.gaussian(), real.pooled),
-    }
+    distance = metrics.frechet_distance(found.pooled.gaussian(), real.pooled)
+    report: dict[str, Any] = {"n": found.n, f"FD-{net.name}": distance}
     report[f"IS-{net.name}"] = found.scores.estimate().value
     near = neighbours.neighbourhoods(real.features[:neighbours_of], kept["pooled"][:neighbours_of])
-    for name in ("precise", "recalled", "density", "covered"):
-        title = {"precise": "precision", "recalled": "recall", "covered": "coverage"}.get(name, name)
-        report[title] = float(getattr(near, name).mean())
+    report |= {"precision": float(near.precise.mean()), "recall": float(near.recalled.mean())}
+    report |= {"density": float(near.density.mean()), "coverage": float(near.covered.mean())}
     if labels is not None and real.labels is not None and real.class_names is not None:
         judge = probe.fit(real.features, real.labels, len(real.class_names))
         report["class_accuracy"] = float((judge.classify(kept["pooled"]) == kept["label"]).mean())
         report["probe_accuracy_on_real"] = judge.accuracy
     return report
+
+
+def _reference(
+    reference: Any, net: FeatureNetwork, size: tuple[int, int], tell: Progress
+) -> tuple[RealPictures | None, references.Reference]:
+    if isinstance(reference, str | Path) and references.is_statistics(reference):
+        return None, references.of_statistics(reference, net, size)
+    data = open_real(reference, size)
+    return data, references.of_dataset(data, net, progress=lambda n: tell("reference", n))
+
+
+def _name(reference: Any) -> str:
+    source = getattr(reference, "source", reference)
+    return str(source) if isinstance(source, str | Path) else type(reference).__name__

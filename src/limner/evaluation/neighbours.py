@@ -37,9 +37,9 @@ def neighbourhoods(real: Array, samples: Array, *, k: int = 3, k_density: int = 
     """Precision and recall with k neighbours (arXiv:1904.06991, eq. 2), density and coverage with k_density
     (arXiv:2002.09797). Both sets need more than k_density pictures. The precision is `precise.mean()`, and so on."""
     x, y = _centred(real, samples)
-    near_x = smallest(x, x, max(k, k_density) + 1, skip_self=True)
+    near_x = smallest(x, x, max(k, k_density), skip_self=True)
     radius_x, radius_density = near_x[:, k - 1], near_x[:, k_density - 1]
-    radius_y = smallest(y, y, k + 1, skip_self=True)[:, k - 1]
+    radius_y = smallest(y, y, k, skip_self=True)[:, k - 1]
     precise, density = torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), dtype=torch.float64)
     recalled, covered = [], []
     for start in range(0, len(x), BLOCK):
@@ -53,19 +53,17 @@ def neighbourhoods(real: Array, samples: Array, *, k: int = 3, k_density: int = 
     return Neighbourhoods(precise.numpy(), torch.cat(recalled).numpy(), density.numpy(), torch.cat(covered).numpy())
 
 
-def nearest(queries: Array, base: Array, *, skip_self: bool = False) -> tuple[npt.NDArray, npt.NDArray]:
-    """Distance (N,) and row (N,) of each query's nearest neighbour in `base`; with `skip_self`, both are the same set
-    and a row is no neighbour of itself."""
+def nearest(queries: Array, base: Array) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Distance (N,) and row (N,) of each query's nearest neighbour in `base`."""
     y, x = _centred(base, queries)
-    distances, rows = [], []
-    for start in range(0, len(x), BLOCK):
-        d = squared_distances(x[start : start + BLOCK], y)
-        if skip_self:
-            d[torch.arange(len(d)), start + torch.arange(len(d))] = torch.inf
-        value, row = d.min(1)
-        distances.append(value)
-        rows.append(row)
-    return torch.cat(distances).sqrt().numpy(), torch.cat(rows).numpy()
+    found = [squared_distances(x[k : k + BLOCK], y).min(1) for k in range(0, len(x), BLOCK)]
+    return torch.cat([f.values for f in found]).sqrt().numpy(), torch.cat([f.indices for f in found]).numpy()
+
+
+def nearest_of_rows(base: Array, count: int) -> npt.NDArray[np.float32]:
+    """Distance of each of the first `count` rows to the nearest other row."""
+    y, _ = _centred(base, base[:0])
+    return smallest(y[:count], y, 1, skip_self=True)[:, 0].sqrt().numpy()
 
 
 def retrieval_ranks(queries: Array, gallery: Array, own: Array) -> npt.NDArray[np.int64]:
@@ -87,18 +85,19 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def smallest(x: Tensor, y: Tensor, count: int, *, skip_self: bool = False) -> Tensor:
-    """The `count` smallest squared distances of each x to y, ascending; x is y with `skip_self`, and one fewer."""
+    """The `count` smallest squared distances of each x to y, ascending; with `skip_self`, row i of x is row i of y
+    and no neighbour of itself."""
     found = []
     for start in range(0, len(x), BLOCK):
         d = squared_distances(x[start : start + BLOCK], y)
         if skip_self:
             d[torch.arange(len(d)), start + torch.arange(len(d))] = torch.inf
-        found.append(d.topk(count - skip_self, dim=1, largest=False).values)
+        found.append(d.topk(count, dim=1, largest=False).values)
     return torch.cat(found)
 
 
 def _centred(base: Array, other: Array) -> tuple[Tensor, Tensor]:
     """Both in float32 around the base's mean: smaller numbers, less cancellation."""
-    x, y = (torch.as_tensor(z).detach().cpu().double() for z in (base, other))
-    mean = x.mean(0)
-    return (x - mean).float(), (y - mean).float()
+    x, y = (torch.as_tensor(z).detach().cpu().float() for z in (base, other))
+    mean = x.mean(0, dtype=torch.float64).float()
+    return x - mean, y - mean

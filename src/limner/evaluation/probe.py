@@ -14,6 +14,8 @@ from limner.evaluation.metrics import Array
 
 RIDGES = (100.0, 1_000.0, 10_000.0)
 HELD_OUT = 0.2
+LEAST = 10
+"""Real pictures that a probe needs."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,31 @@ class Probe:
 
     def classify(self, features: Array) -> npt.NDArray[np.int64]:
         """The class of each feature vector (N, D)."""
-        x = (torch.as_tensor(features).double() - self.mean) / self.scale
-        return (x @ self.weight).argmax(1).numpy()
+        x = (torch.as_tensor(features).float() - self.mean) / self.scale
+        return (x.double() @ self.weight).argmax(1).numpy()
 
 
 def fit(features: Array, labels: npt.NDArray[np.int64], classes: int, *, seed: int = 0) -> Probe:
     """Fit on real features (N, D) and labels (N,) in [0, classes); a fifth is held out to choose the ridge and to say
     how good the probe is. Raises LimnerError with fewer than 10 pictures or a single class."""
-    if len(labels) < 10 or len(np.unique(labels)) < 2:
+    if len(labels) < LEAST or len(np.unique(labels)) < 2:
         raise LimnerError(
             f"reference: {len(labels)} pictures of {len(np.unique(labels))} classes are too few for a probe"
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     held = max(2, round(HELD_OUT * len(labels)))
     test, train = order[:held], order[held:]
-    x = torch.as_tensor(features).double()
+    x = torch.as_tensor(features).float()
     mean, scale = x[train].mean(0), x[train].std(0) + 1e-6
     x = (x - mean) / scale
-    target = torch.nn.functional.one_hot(torch.as_tensor(labels), classes).double()
-    target = target - target[train].mean(0)
-    gram, cross = x[train].T @ x[train], x[train].T @ target[train]
+    known = torch.from_numpy(labels)
+    gram = (x[train].T @ x[train]).double()
+    sums = torch.zeros(classes, x.shape[1]).index_add_(0, known[train], x[train])
+    share = torch.bincount(known[train], minlength=classes).float() / len(train)
+    cross = (sums - share[:, None] * x[train].sum(0)).T.double()
     best = (-1.0, gram)
     for ridge in RIDGES:
         weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), cross)
-        right = float(np.mean((x[test] @ weight).argmax(1).numpy() == labels[test]))
+        right = float(((x[test].double() @ weight).argmax(1) == known[test]).double().mean())
         best = max(best, (right, weight), key=lambda pair: pair[0])
     return Probe(mean, scale, best[1], best[0], held)

@@ -4,48 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from limner.data import cache
 from limner.errors import LimnerError
-from limner.evaluation.collect import Batch, Collected, collect
+from limner.evaluation.arrays import npz_names, read_npz
+from limner.evaluation.collect import Collected, collect
 from limner.evaluation.features import FeatureNetwork
 from limner.evaluation.metrics import Gaussian
+from limner.evaluation.real import RealPictures
 
 KEEP_REFERENCE = 50_000
 """Real pictures used, and whose features are kept (float16), at most: a random part of a larger set."""
 VERSION = 1
 _ARRAYS, _FACTS = "reference.safetensors", "reference.json"
-
-
-class RealPictures(Protocol):
-    """A data set as evaluation needs it; `limner.data.dataset.Dataset` is one."""
-
-    @property
-    def digest(self) -> str: ...
-    @property
-    def size(self) -> tuple[int, int]: ...
-    @property
-    def train(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def held_out(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def labels(self) -> npt.NDArray[np.int64] | None: ...
-    @property
-    def class_names(self) -> tuple[str, ...] | None: ...
-    @property
-    def texts(self) -> list[str] | None: ...
-    def uint8(self, rows: Any) -> npt.NDArray[np.uint8]: ...
-    def iterate(self, rows: Any = None, batch: int = 256) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +67,7 @@ def of_dataset(
     key = json.dumps([VERSION, data.digest, recipe, len(rows)])
 
     def build(directory: Path) -> None:
-        found = collect(data.iterate(rows, 64), network, keep=KEEP_REFERENCE, progress=progress)
+        found = collect(data.iterate(rows, 64), network, keep=KEEP_REFERENCE, progress=progress, alone=True)
         save(_finished(found, data, rows, recipe), directory)
 
     return load(cache.entry("reference", hashlib.blake2b(key.encode(), digest_size=16).hexdigest(), build))
@@ -104,10 +86,13 @@ def save(reference: Reference, directory: str | Path) -> None:
 
 
 def load(directory: str | Path) -> Reference:
-    """Read what `save` wrote. Raises LimnerError when it is not there or not that."""
+    """Read what `save` wrote, given the directory or one of its files. Raises LimnerError when it is not there or not
+    that."""
+    home = Path(directory)
+    home = home.parent if home.name in (_ARRAYS, _FACTS) else home
     try:
-        arrays = load_file(Path(directory) / _ARRAYS)
-        facts = json.loads((Path(directory) / _FACTS).read_text(encoding="utf-8"))
+        arrays = load_file(home / _ARRAYS)
+        facts = json.loads((home / _FACTS).read_text(encoding="utf-8"))
         n, labels = int(facts["n"]), arrays.get("labels")
         spatial = None
         if "spatial_mean" in arrays:
@@ -120,8 +105,50 @@ def load(directory: str | Path) -> Reference:
             labels=None if labels is None else labels.numpy(),
             facts=facts,
         )
-    except Exception as error:  # safetensors raises a type of its own
-        raise LimnerError(f"{directory}: not reference statistics that Limner wrote ({error})") from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise LimnerError(f"{directory}: not reference statistics that Limner wrote ({why})") from None
+
+
+def is_statistics(path: str | Path) -> bool:
+    """Whether a path holds statistics that can stand for a reference: what `save` wrote, or an `.npz` of moments."""
+    path = Path(path)
+    if path.suffix == ".npz" and path.is_file():
+        return "mu" in npz_names(path) and "x" not in npz_names(path)
+    return path.name in (_ARRAYS, _FACTS) or (path / _ARRAYS).is_file()
+
+
+def of_statistics(path: str | Path, network: FeatureNetwork, size: tuple[int, int]) -> Reference:
+    """Read statistics from a path for which `is_statistics` holds.
+
+    An `.npz` of `mu` and `sigma` (pytorch-fid, guided-diffusion) is of the Inception network and allows a Fréchet
+    distance and nothing else. Raises LimnerError when they are of another network, resizing or precision.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        return _of_moments(path, network)
+    found = load(path)
+    if found.facts["recipe"] != network.recipe(size):
+        raise LimnerError(f"{path}: made with {found.facts['recipe']}; the samples go through {network.recipe(size)}")
+    return found
+
+
+def _of_moments(path: Path, network: FeatureNetwork) -> Reference:
+    mean, covariance = (torch.from_numpy(read_npz(path, name)).double() for name in ("mu", "sigma"))
+    if (
+        not network.name.startswith("inception")
+        or mean.shape != (network.dim,)
+        or covariance.shape != (network.dim,) * 2
+    ):
+        raise LimnerError(
+            f"{path}: moments {tuple(mean.shape)} of Inception features; they go with --features inception, whose "
+            f"features have 2048 values"
+        )
+    names = ("recipe", "n", "size", "channels", "class_names", "colour_mean", "colour_std", "score")
+    digest = hashlib.blake2b(mean.numpy().tobytes() + covariance.numpy().tobytes(), digest_size=16).hexdigest()
+    facts = {"digest": digest, **dict.fromkeys(names)}
+    none = np.zeros(0, dtype=np.int64)
+    return Reference(Gaussian(mean, covariance, 0), None, torch.zeros(0, network.dim).half(), none, None, facts)
 
 
 def _finished(found: Collected, data: RealPictures, rows: npt.NDArray[np.int64], recipe: str) -> Reference:
@@ -141,7 +168,7 @@ def _finished(found: Collected, data: RealPictures, rows: npt.NDArray[np.int64],
     return Reference(
         pooled=found.pooled.gaussian(),
         spatial=found.spatial.gaussian() if found.spatial.n else None,
-        features=torch.from_numpy(kept["pooled"]).half(),
+        features=torch.from_numpy(kept["pooled"]),
         rows=rows[kept["row"]],
         labels=kept.get("label"),
         facts=facts,
