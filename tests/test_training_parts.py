@@ -60,6 +60,7 @@ def test_chance_differs_by_seed_moment_and_purpose() -> None:
 
 def test_the_stream_goes_on_where_it_is_told_to() -> None:
     batches = Batches(Pictures(), 0, 8)
+    assert next(batches.stream(16, ahead=False))[0]["part"] == next(batches.stream(16))[0]["part"]
     stream = batches.stream(16)
     for images in (16, 24, 32):
         assert torch.equal(next(stream)[0]["image"], batches.load(images)[0]["image"])

@@ -137,8 +137,15 @@ class Batches:
             loaded.append(self.data.batch(rows, PartGenerator(self.seed, part)) | {"part": part})
         return loaded
 
-    def stream(self, images: int) -> Iterator[list[dict[str, Any]]]:
-        """Step after step from `images` on, without end; the next is read while the present one is in use."""
+    def stream(self, images: int, *, ahead: bool = True) -> Iterator[list[dict[str, Any]]]:
+        """Step after step from `images` on, without end.
+
+        ahead: read the next while the present one is in use. Where the network computes on the CPU as well, the
+        reader's threads and the network's wait for each other, and a step took a fifth longer.
+        """
+        while not ahead:
+            yield self.load(images)
+            images += self.batch
         with ThreadPoolExecutor(1, thread_name_prefix="limner-batches") as reader:
             coming: Future[list[dict[str, Any]]] = reader.submit(self.load, images)
             while True:

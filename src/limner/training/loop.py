@@ -85,7 +85,7 @@ def train(
         training.open(resume)
         reason = training.agree(stop)
         if reason is None:
-            for batch in batches.stream(clock.images):
+            for batch in batches.stream(clock.images, ahead=training.device.type != "cpu"):
                 training.step(batch)
                 reason = training.agree(stop)
                 if reason is not None:
