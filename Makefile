@@ -37,7 +37,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --cache-dir .import_linter_cache
 
 # One thread a process: two pools of threads on the same cores wait for each other most of the time.
