@@ -26,6 +26,8 @@ from limner.nn.unet import Level, run_stages
 
 Middle = Literal["attention", "none"]
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+FIRST_LOG_VARIANCE = -6.0
+"""Where a new encoder starts: at 0, noise as large as the latents hides them for the first thousands of pictures."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,10 @@ class Autoencoder(nn.Module):
         project = partial(nn.Conv2d, kernel_size=1)
         self.quant_conv = project(moments * z_channels, moments * latent_channels) if quant_conv else nn.Identity()
         self.post_quant_conv = project(latent_channels, z_channels) if quant_conv else nn.Identity()
+        if quantizer is None:
+            last = self.quant_conv if isinstance(self.quant_conv, nn.Conv2d) else self.encoder.out
+            assert last.bias is not None
+            nn.init.constant_(last.bias[latent_channels:], FIRST_LOG_VARIANCE)
         self.quantizer = quantizer
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
