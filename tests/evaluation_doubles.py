@@ -1,0 +1,36 @@
+"""A feature network small enough for a test, and pictures whose class can be seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from limner.evaluation.features import FeatureNetwork
+
+COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 230]])
+NAMES = ("red", "green", "blue")
+
+
+class Tiny(FeatureNetwork):
+    """pooled: 12 block means of 2x2 places; spatial: a row of pixels; logits: by colour channel."""
+
+    name = "tiny"
+    dim = 12
+
+    def side(self, size: tuple[int, ...]) -> int:
+        return 8
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        return {"pooled": pooled, "spatial": x[:, :, 4].flatten(1), "logits": 4 * x.mean(dim=(2, 3))}
+
+
+def pictures(count: int, seed: int = 0, size: int = 8) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Noisy pictures (count, size, size, 3) of one colour each, and their classes, in rotation."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % len(COLOURS)
+    blocks = generator.normal(0, 25, (count, 2, 2, 3)).repeat(size // 2, 1).repeat(size // 2, 2)
+    x = COLOURS[labels][:, None, None] + blocks + generator.normal(0, 10, (count, size, size, 3))
+    return x.clip(0, 255).astype(np.uint8), labels
