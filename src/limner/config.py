@@ -409,7 +409,7 @@ class SamplingConfig(Section):
 class DiffusionProcess(Section):
     schedule: ScheduleConfig = CosineSchedule()
     schedule_known: bool = Field(
-        True, description="False: an imported classifier whose flags don't say; it takes the diffusion model's"
+        default=True, description="False: an imported classifier whose flags don't say; it takes the diffusion model's"
     )
     prediction: PredictionKind = "v_prediction"
     learned_variance: bool = Field(
