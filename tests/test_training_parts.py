@@ -161,9 +161,8 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 def test_compiling_is_decided_by_the_whole_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.shutil, "which", lambda name: "/usr/bin/" + name)
     monkeypatch.setattr(devices.sys, "platform", "linux")
-    cpu = torch.device("cpu")
     cuda = torch.device("cuda")
-    assert not wants_compile(TrainingConfig(budget_s=1200), torch.device("cpu"), cpu)
+    assert not wants_compile(TrainingConfig(budget_s=1200), torch.device("cpu"))
     assert wants_compile(TrainingConfig(budget_s=1200), cuda)
     assert not wants_compile(TrainingConfig(budget_s=60), cuda)
     assert not wants_compile(TrainingConfig(images=1000), cuda)

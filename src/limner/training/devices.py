@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 from limner.config import TrainingConfig
 from limner.errors import LimnerError
 
-COMPILE_PAYS_S = {"cpu": 3600.0, "cuda": 360.0}
-"""Budgets from which compiling pays. On two CPU cores it takes one to three minutes and gains a few per cent, since
-`nn/norm.py` has fused by hand what it would fuse."""
+COMPILE_PAYS_S = 360.0
+"""Budget from which compiling, which takes one to two minutes, pays on a GPU."""
 COMPILE_PAYS_IMAGES = 300_000
 _BUCKET_BYTES = 64 * 2**20
 
@@ -39,7 +37,7 @@ def wants_compile(config: TrainingConfig, device: torch.device) -> bool:
     so that a resumed run computes as before."""
     if config.compile != "auto":
         return config.compile == "on"
-    long_enough = (config.budget_s or 0) >= COMPILE_PAYS_S.get(device.type, math.inf) or (
+    long_enough = (config.budget_s or 0) >= COMPILE_PAYS_S or (
         config.budget_s is None and (config.images or 0) >= COMPILE_PAYS_IMAGES
     )
     compiler = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
