@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from limner.evaluation.collect import collect
 from limner.evaluation.features import FeatureNetwork
 
 COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 230]])
@@ -34,3 +35,13 @@ def pictures(count: int, seed: int = 0, size: int = 8) -> tuple[npt.NDArray[np.u
     blocks = generator.normal(0, 25, (count, 2, 2, 3)).repeat(size // 2, 1).repeat(size // 2, 2)
     x = COLOURS[labels][:, None, None] + blocks + generator.normal(0, 10, (count, size, size, 3))
     return x.clip(0, 255).astype(np.uint8), labels
+
+
+def measure_half(rank: int, port: int, count: int, results: str) -> None:
+    """One of two processes: measures its part of `pictures(count)` and writes the covariance of all of them."""
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    x, labels = pictures(count)
+    part = slice(0, count // 3) if rank == 0 else slice(count // 3, count)
+    found = collect([(x[part], {"label": labels[part]})], Tiny())
+    np.save(f"{results}/{rank}.npy", found.pooled.gaussian().covariance.numpy())
+    torch.distributed.destroy_process_group()

@@ -80,6 +80,7 @@ class Collected:
     keep: int = KEEP
     size: tuple[int, int] = (0, 0)
     channels: int = 0
+    columns: frozenset[str] = frozenset()
     pooled: Moments = field(default_factory=Moments)
     spatial: Moments = field(default_factory=Moments)
     scores: ScoreSums = field(default_factory=ScoreSums)
@@ -120,16 +121,25 @@ class Collected:
             columns["text"] = np.asarray(conditions["text"], dtype=object)
         if judge is not None:
             columns["judged"] = judge(pictures)["logits"].argmax(1).numpy()
+        self._check_columns(columns)
         self.kept.update(columns)
         self.sheet.update(columns | {"picture": pictures})
 
     def merge(self, other: Collected) -> None:
         """Add what another process has collected."""
-        if other.n and self.n and other.size != self.size:
-            raise LimnerError(f"samples: {other.size} in one process and {self.size} in another; one size is needed")
-        self.size, self.channels = (other.size, other.channels) if other.n else (self.size, self.channels)
+        mine, theirs = ((c.size, c.channels, c.columns) for c in (self, other))
+        if self.n and other.n and mine != theirs:
+            raise LimnerError(f"samples: {theirs} in one process and {mine} in another; they should be alike")
+        self.size, self.channels, self.columns = theirs if other.n else mine
         for name in ("pooled", "spatial", "scores", "colours", "kept", "sheet"):
             getattr(self, name).merge(getattr(other, name))
+
+    def _check_columns(self, columns: Mapping[str, Any]) -> None:
+        self.columns = self.columns or frozenset(columns)
+        for name in sorted(self.columns ^ columns.keys()):
+            here, before = ("no", "have") if name in self.columns else ("a", "have none")
+            where = self.n - len(columns["row"])
+            raise LimnerError(f"samples: picture {where} has {here} {name}, though those before it {before}")
 
     def _check(self, pictures: npt.NDArray[np.uint8]) -> None:
         size, channels = (pictures.shape[1], pictures.shape[2]), pictures.shape[3]

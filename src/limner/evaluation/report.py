@@ -77,12 +77,11 @@ class Report:
     HEADER = ("figure", "value", "95% interval", "samples", "notes")
 
     def __getitem__(self, name: str) -> Figure:
-        """A figure by name, or by the part before the network (`report["FD"]`). Raises LimnerError when absent."""
-        if name in self.figures:
-            return self.figures[name]
-        found = [figure for key, figure in self.figures.items() if key.partition("-")[0] == name]
-        if len(found) == 1:
-            return found[0]
+        """A figure by name, with or without the network (`report["FD"]`). Raises LimnerError when absent."""
+        network = str(self.about["features"]).partition(",")[0]
+        for key in (name, f"{name}-{network}"):
+            if key in self.figures:
+                return self.figures[key]
         raise LimnerError(f"report: there is no figure '{name}'; there are {', '.join(self.figures)}")
 
     def table(self) -> list[tuple[str, str, str, str, str]]:

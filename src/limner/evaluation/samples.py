@@ -16,7 +16,7 @@ from limner.config import DataConfig
 from limner.data import transforms
 from limner.data.catalog import open_source
 from limner.data.pixels import fetch, in_parallel
-from limner.data.roles import TEXT_NAMES, image_role, label_role
+from limner.data.roles import TEXT_NAMES, image_role, label_role, read_labels
 from limner.data.sources import Encoded, Source
 from limner.errors import LimnerError, suggest
 from limner.evaluation.arrays import READ, as_uint8, npz_batches
@@ -102,12 +102,12 @@ def _columns(source: Source) -> dict[str, list[Any]]:
     """What is known of each picture, by modality."""
     columns: dict[str, list[Any]] = {}
     label = label_role(source, _ANY_COLUMNS)
-    if label is not None:
-        column, values = source.columns[label], source.values(label)
-        if column.names is not None:
-            columns["label_name"] = [None if v is None else column.names[v] for v in values]
+    if label is not None and any(value is not None for value in source.values(label)):
+        numbers, names = read_labels(source, label)
+        if source.columns[label].kind == "integer":
+            columns["label"] = numbers.tolist()
         else:
-            columns["label" if column.kind == "integer" else "label_name"] = values
+            columns["label_name"] = [names[number] for number in numbers]
     if "label_name" in source.columns:
         columns["label_name"] = source.values("label_name")
     texts = [name for name in TEXT_NAMES if name in source.columns and name != label]
