@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 Array = Tensor | npt.NDArray[np.generic]
@@ -177,19 +177,18 @@ def kid_subsets(
 
 def _kernel(x: Tensor, y: Tensor, *, paired: bool = False) -> Tensor:
     dot = (x * y).sum(1) if paired else x @ y.T
-    return (dot.double() / x.shape[1] + 1) ** 3
+    return (dot / x.shape[1] + 1) ** 3
 
 
 def _kernel_row_sums(x: Tensor, y: Tensor, block: int) -> Tensor:
     """Sum over y of k(x, y) for each x, float64 (N,)."""
-    return torch.cat([sum_over(x[i : i + block], y, block) for i in range(0, len(x), block)])
+    return torch.cat([_kernel_sums(x[i : i + block], y, block) for i in range(0, len(x), block)])
 
 
-def sum_over(x: Tensor, y: Tensor, block: int) -> Tensor:
-    """Sum of the kernel of each x over all y, in blocks of y."""
+def _kernel_sums(x: Tensor, y: Tensor, block: int) -> Tensor:
     total = torch.zeros(len(x), dtype=torch.float64)
     for j in range(0, len(y), block):
-        total += _kernel(x, y[j : j + block]).sum(1)
+        total += _kernel(x, y[j : j + block]).sum(1, dtype=torch.float64)
     return total
 
 
@@ -242,7 +241,7 @@ class ScoreSums:
         value = float(scores.mean())
         if len(scores) < 2:
             return Estimate(value, math.nan, math.nan)
-        half = float(stats.t.ppf(0.975, len(scores) - 1) * scores.std(ddof=1) / math.sqrt(len(scores)))
+        half = float(stdtrit(len(scores) - 1, 0.975) * scores.std(ddof=1) / math.sqrt(len(scores)))
         return Estimate(value, value - half, value + half)
 
 
