@@ -15,12 +15,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from limner.api import convert as convert
+    from limner.api import evaluate as evaluate
     from limner.api import load as load
     from limner.api import train as train
     from limner.generator import Generator as Generator
     from limner.guide import NoisyClassifier as NoisyClassifier
 
-_HOMES = {"convert": "api", "load": "api", "train": "api", "Generator": "generator", "NoisyClassifier": "guide"}
+_HOMES = {
+    "convert": "api",
+    "evaluate": "api",
+    "load": "api",
+    "train": "api",
+    "Generator": "generator",
+    "NoisyClassifier": "guide",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -32,4 +40,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'limner' has no attribute '{name}'")
 
 
-__all__ = ["Generator", "LimnerError", "NoisyClassifier", "__version__", "convert", "load", "train"]
+__all__ = ["Generator", "LimnerError", "NoisyClassifier", "__version__", "convert", "evaluate", "load", "train"]

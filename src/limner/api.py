@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from limner import __version__, build, config, recipe
 from limner.config import AutoencoderConfig, RunConfig
-from limner.data.dataset import Dataset, prepare
+from limner.core import guidance, losses
+from limner.core.noise import step_noise
+from limner.data.dataset import prepare
 from limner.errors import LimnerError, suggest
-from limner.generator import Generator
+from limner.generator import Generator, to_uint8
 from limner.guide import NoisyClassifier
+from limner.hardware import autocast
 from limner.interop.imported import Imported
+from limner.settings import Settings
 
 Task = Literal["diffusion", "classifier", "autoencoder"]
 Progress = Callable[[int, int], None]
+SETTINGS = frozenset(field.name for field in fields(Settings))
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -197,6 +204,72 @@ def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task |
     return config.parse(raw, preset)
 
 
-def data_of(run: RunConfig, progress: Progress | None = None) -> Dataset:
-    """The data set that a run was trained on, as its recipe names it."""
-    return prepare(run.data, recipe.wants(run), progress)
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(samples: Any, reference: Any = None, *, features: str = "efficientnet-lite0", num: int | None = None,
+             progress: Callable[[str, int], None] | None = None, **drawing: Any) -> Any:  # fmt: skip
+    """Compare samples with real pictures: distances, scores, precision and recall, class accuracy, with intervals.
+
+    samples: a `Generator` (or the path of its run), which draws `num` pictures, 1,000 unless told, by the options of
+    `Generator.stream`, and keeps none; or an `.npz`, a folder, a `.tar`, an array. reference: a data set or its path;
+    for a generator, by default the data that it was trained on. features: see `evaluation/features.py`.
+    Returns a `Report`. Raises LimnerError for whatever cannot be compared.
+    """
+    from limner.evaluation.evaluate import evaluate as compare
+
+    if isinstance(samples, str | Path) and (Path(samples) / "config.yaml").is_file():
+        samples = load(samples)
+    if not isinstance(samples, Generator):
+        if reference is None:
+            raise LimnerError("reference: name the real pictures to compare with")
+        if drawing:
+            raise LimnerError(f"{next(iter(drawing))}: these samples are drawn already; it goes with a run")
+        return compare(samples, reference, features=features, num=num, progress=progress)
+    if reference is None:
+        reference = samples.config.data
+    elif isinstance(reference, str | Path):
+        reference = samples.config.data.model_copy(update={"source": str(reference), "split": None})
+    asked = {name: value for name, value in drawing.items() if name in SETTINGS}
+    how = {**asdict(samples.settings(**asked)), "seed": drawing.get("seed", 0), "run": samples.digest}
+    batches = _drawn(samples, num or 1000, drawing)
+    return compare(batches, reference, features=features, num=num, settings=how, progress=progress)
+
+
+def bits_per_dim(run: str | Path, *, num: int = 64, seed: int = 0, batch: int = 64) -> dict[str, Any]:
+    """The variational bound (Ho et al. 2020, eq. 5) on `num` held-out pictures of a run's data, in bits per dimension.
+
+    Over all steps of the schedule, 1,000 where it is continuous. Raises LimnerError for a latent model: the bound of
+    its latents says nothing of the pictures.
+    """
+    generator = load(run)
+    if not isinstance(generator, Generator) or generator.config.space.kind != "pixels":
+        raise LimnerError(f"{run}: bits per dim need a diffusion model of pixels")
+    data = prepare(generator.config.data, recipe.wants(generator.config))
+    rows = np.concatenate([data.held_out, data.train])[:num]
+    path = generator.schedule.path(generator.schedule.steps or 1000, "trailing")
+    plain = guidance.clipped(build.denoiser(generator.model, generator.config))
+    found: dict[str, list[Tensor]] = {"bits_per_dim": [], "prior": []}
+    for start in range(0, len(rows), batch):
+        chosen = rows[start : start + batch]
+        content = data.batch(chosen)
+        x0 = content.pop("image").to(generator.device)
+        with torch.no_grad(), autocast(generator.config.training.precision, generator.device):
+            tau = generator.model.embed({k: v for k, v in content.items() if k in generator.modalities}, len(x0))
+            noise = step_noise(seed, range(start, start + len(x0)), generator.shape, device=generator.device)
+            bound = losses.bits_per_dim(plain, x0, path, noise, cond=tau)
+        found["bits_per_dim"].append(bound.total)
+        found["prior"].append(bound.prior)
+    return {"n": len(rows), **{name: float(torch.cat(values).mean()) for name, values in found.items()}}
+
+
+def _drawn(generator: Generator, num: int, drawing: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Batches of pictures and conditions, as evaluation reads them."""
+    for drawn in generator.stream(num=num, **drawing):
+        facts = {
+            name: [fact[name] for fact in drawn.facts]
+            for name in ("label", "label_name", "text")
+            if name in drawn.facts[0]
+        }
+        facts |= {"label": np.array(facts["label"])} if "label" in facts else {}
+        yield to_uint8(generator.decode(drawn.latent)), facts

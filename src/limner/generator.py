@@ -142,6 +142,8 @@ class Generator:
         on_step(Step): told after each step of each batch. settings: the fields of `Settings`, such as guidance,
         sampler, steps, spacing.
         """
+        if self.config.task != "diffusion":
+            raise LimnerError(f"this run is an {self.config.task}: it reconstructs pictures, it draws none")
         asked = self.settings(**settings)
         given = None if initial_noise is None else len(initial_noise)
         if isinstance(classifier, NoisyClassifier) and "label" not in self.modalities:

@@ -16,6 +16,7 @@ from limner import __version__
 from limner.cli.check import check
 from limner.cli.console import DONE, OUR_FAULT, STOPPED, WRONG_INPUT
 from limner.cli.convert import convert
+from limner.cli.evaluate import evaluate
 from limner.cli.sample import sample
 from limner.cli.train import train
 from limner.errors import LimnerError
@@ -50,7 +51,7 @@ def _limner(
         context.get_help()
 
 
-for _command in (train, sample, check, convert):
+for _command in (train, sample, evaluate, check, convert):
     app.command()(_command)
 
 

@@ -1,0 +1,96 @@
+"""`limner evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from limner.cli.console import emit
+from limner.errors import LimnerError
+
+
+def evaluate(
+    samples: Annotated[
+        str, typer.Argument(metavar="RUN_OR_SAMPLES", help="A run, which draws; or an .npz, folder or .tar of samples.")
+    ],
+    reference: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Real pictures. Default for a run: what it was trained on.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(min=2, help="How many samples. Default: 1,000 of a run, else all.")] = None,
+    features: Annotated[
+        str, typer.Option(metavar="NAME", help="efficientnet-lite0, inception, dinov2[:FOLDER], clip[:FOLDER].")
+    ] = "efficientnet-lite0",
+    guidance: Annotated[
+        str | None, typer.Option(metavar="S[,S...]", help="Classifier-free scales of a run; several make a table.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Of a run; default: its own.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a run; default: its own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of a run's samples.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures that a run draws at a time.")] = 64,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Every figure as CSV.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="A page with figures and pictures.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With several scales: the trade-off, as PNG and SVG.")
+    ] = None,
+    bits_per_dim: Annotated[
+        bool, typer.Option("--bits-per-dim", help="The variational bound on held-out pictures, of a run, instead.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print every figure as JSON.")] = False,
+) -> None:
+    """Compare samples with real pictures: distances, scores, precision and recall, class accuracy, with intervals.
+
+    \b
+    Examples:
+      limner evaluate runs/photos --num 1000
+      limner evaluate runs/photos --guidance 1,1.5,2,3 --plot trade-off.png
+      limner evaluate samples.npz --reference photos --html report.html
+      limner evaluate runs/photos --bits-per-dim --num 64
+    """
+    from limner import api
+    from limner.evaluation import page, plots
+    from limner.evaluation.report import sweep_csv, sweep_table
+
+    if bits_per_dim:
+        facts = api.bits_per_dim(samples, num=num or 64, seed=seed, batch=batch)
+        emit(facts, [f"{facts['bits_per_dim']:.3f} bits per dim on {facts['n']} held-out pictures"], json)
+        return
+    scales = _scales(guidance)
+    drawing: dict[str, Any] = {"sampler": sampler, "steps": steps}
+    drawing = {name: value for name, value in drawing.items() if value is not None}
+    if (Path(samples) / "config.yaml").is_file():
+        drawing |= {"seed": seed, "batch": batch}
+    reports = {
+        scale: api.evaluate(samples, reference, features=features, num=num, **drawing, **_guided(scale))
+        for scale in scales
+    }
+    only = reports[scales[0]] if len(scales) == 1 else None
+    if csv is not None:
+        _ = sweep_csv(reports, csv) if only is None else only.to_csv(csv)  # type: ignore[arg-type]
+    if html is not None:
+        page.write(reports if only is None else only, html)  # type: ignore[arg-type]
+    if plot is not None:
+        if only is not None:
+            raise LimnerError("--plot: goes with several scales, such as --guidance 1,1.5,2,3")
+        plots.trade_off(reports, plot)  # type: ignore[arg-type]
+    if only is not None:
+        emit(only.to_dict(), only.lines(), json)
+    else:
+        head, rows = sweep_table(reports)  # type: ignore[arg-type]
+        lines = ["  ".join(f"{cell:>14}" for cell in row) for row in (head, *rows)]
+        emit({str(scale): report.to_dict() for scale, report in reports.items()}, lines, json)
+
+
+def _guided(scale: float | None) -> dict[str, float]:
+    return {} if scale is None else {"guidance": scale}
+
+
+def _scales(text: str | None) -> list[float | None]:
+    """The scales of `--guidance`, or one None for the run's own. Raises LimnerError."""
+    if text is None:
+        return [None]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise LimnerError(f"--guidance {text}: should be numbers with commas between, such as 1,1.5,2,3") from None
