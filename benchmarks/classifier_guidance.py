@@ -22,7 +22,7 @@ from limner.data.dataset import Dataset, prepare
 from limner.evaluation.evaluate import quick
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-SAMPLERS = {"ddpm": 50, "ddim": 20, "dpmpp_2m": 10}
+SAMPLERS = {"dpmpp_2m": 10, "ddim": 20, "ddpm": 25}
 SHOWN = ("FD-efficientnet-lite0", "class_accuracy", "precision", "recall", "images_per_s")
 
 

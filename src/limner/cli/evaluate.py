@@ -82,7 +82,7 @@ def evaluate(
         emit({str(scale): report.to_dict() for scale, report in reports.items()}, lines, json)
 
 
-def _guided(scale: float | None) -> dict[str, float]:
+def _guided(scale: float | None) -> dict[str, Any]:
     return {} if scale is None else {"guidance": scale}
 
 
