@@ -13,12 +13,14 @@ from tiny_cli import pictures
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+SMALL = "model.levels=[{channels: 32}]"
 LESS = {
-    "--budget 1h": "--images 16",
-    'budget="1h"': "images=16",
+    "--budget 1h": f"--images 16 --set '{SMALL}'",
+    'budget="1h"': f"images=16, settings=['{SMALL}']",
     "--num 16": "--num 2",
     "num=16": "num=2",
     "num=8": "num=2",
+    "steps=50": "steps=5",
 }
 
 
@@ -40,6 +42,6 @@ def test_the_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert Path("cats.png").is_file()
     (example,) = [block for language, block in BLOCKS if language == "python"]
     train = ["train", "photos", "--task", "classifier", "--for", "runs/photos", "--out", "runs/classifier"]
-    assert run([*train, "--images", "16"]) == 0
+    assert run([*train, "--images", "16", "--set", SMALL]) == 0
     exec(less(example).replace('out="runs/photos"', 'out="runs/again"'), {})
     assert Path("cat.png").is_file()
