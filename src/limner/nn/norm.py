@@ -57,7 +57,8 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         pixels, gamma, beta, scale, shift, mean, rstd = ctx.saved_tensors
         dh = _rows(grad).to(pixels.dtype)
         if ctx.silu:
