@@ -57,7 +57,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (grad,) = grad_outputs
         pixels, gamma, beta, scale, shift, mean, rstd = ctx.saved_tensors
         dh = _rows(grad).to(pixels.dtype)
