@@ -91,8 +91,7 @@ def test_the_short_way_for_wide_matrices_gives_the_plain_iteration() -> None:
     torch.testing.assert_close(orthogonalised(wide), x, rtol=1e-4, atol=1e-5)
 
 
-def test_muon_by_its_definition_and_adamw_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("limner.training.optimizers.uses_bf16", lambda *_: False)
+def test_muon_by_its_definition_and_adamw_for_the_rest() -> None:
     ours, theirs, config = pair(lr=1e-2, muon_lr=0.03, optimizer="muon", weight_decay=0.1)
     optimizer = Optimizer(ours, config, HIDDEN)
     hidden = [n for n in HIDDEN if n.endswith("weight")]
@@ -198,11 +197,10 @@ def test_a_foreign_state_is_refused_by_name() -> None:
         adam.load_state_dict(wrong)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(48, 432), (96, 96), (384, 192)])
-def test_orthogonalisation_stays_bounded_for_gradients_of_low_rank(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_orthogonalisation_stays_bounded_for_gradients_of_low_rank(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     low_rank = torch.randn(shape[0], 3, generator=generator) @ torch.randn(3, shape[1], generator=generator)
-    result = orthogonalised(low_rank[None], dtype=dtype)[0]
+    result = orthogonalised(low_rank[None])[0]
     assert torch.linalg.svdvals(result)[:3].min() > 0.5
     assert torch.linalg.svdvals(result).max() < 1.6

@@ -46,7 +46,7 @@ def test_the_loss_is_that_of_its_definition() -> None:
     assert result.objectives["model"].item() == pytest.approx(expected.mean().item(), rel=1e-4)
     assert result.logs["loss"].item() == pytest.approx(expected.mean().item(), rel=1e-4)
     low = expected[t < 0.25]
-    assert result.logs["loss_t0.00_0.25"].tolist() == pytest.approx([float(low.sum()), len(low)], rel=1e-4)
+    assert result.logs["loss_t0.00_0.25"].tolist() == pytest.approx([low.sum().item(), len(low)], rel=1e-4)
 
 
 def test_each_condition_is_dropped_as_often_as_asked_and_by_itself() -> None:

@@ -18,7 +18,6 @@ from torch.optim.adamw import adamw
 
 from limner.config import TrainingConfig
 from limner.errors import LimnerError
-from limner.hardware import uses_bf16
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Newton-Schulz coefficients of Muon (Jordan et al. 2024): steep at 0, singular values end within 0.7 to 1.2."""
@@ -28,19 +27,19 @@ MUON_MOMENTUM = 0.95
 ADAMW_EPS = 1e-8
 
 
-def orthogonalised(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalised(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """The nearest semi-orthogonal matrices, U V^T of G = U S V^T, roughly: (..., m, n) -> (..., m, n), float32.
 
     Each step of the iteration is X <- (a + b A + c A^2) X with A = X X^T. For a wide X (the kernel of a 3x3
     convolution is nine times wider than high) the polynomials are multiplied up among the small matrices A, with which
     they commute, and meet X once at the end: the same result for about a third of the arithmetic. That needs float32:
-    rounded, A has eigenvalues below 0, which the polynomials blow up. Else `dtype` is that of the products.
+    rounded to bfloat16, A has eigenvalues below 0, which the polynomials blow up.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).float()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
     a, b, c = QUINTIC
-    wide = x.shape[-1] >= 3 * x.shape[-2]
+    wide = x.shape[-1] >= 2 * x.shape[-2]
     if wide:
         gram = x @ x.mT
         product: Tensor | None = None
@@ -52,11 +51,10 @@ def orthogonalised(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: to
                 gram = polynomial @ gram @ polynomial
         x = x if product is None else product @ x
     else:
-        x = x.to(dtype)
         for _ in range(steps):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).float()
+    return x.mT if tall else x
 
 
 @dataclass
@@ -146,8 +144,7 @@ class Optimizer:
         gradient = torch.stack([_matrix(g) for g in grads]).float() / divisor
         gradient = torch.where(bad, bank.momentum, gradient)
         bank.momentum.lerp_(gradient, 1.0 - MUON_MOMENTUM)
-        fast = torch.bfloat16 if uses_bf16("auto", gradient.device) else torch.float32
-        update = orthogonalised(gradient.lerp(bank.momentum, MUON_MOMENTUM), dtype=fast)
+        update = orthogonalised(gradient.lerp(bank.momentum, MUON_MOMENTUM))
         update = torch.where(bad, 0.0, update * (-lr * bank.step_scale))
         weights = list[Tensor](bank.parameters)
         if self.config.weight_decay:
