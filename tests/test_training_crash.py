@@ -77,7 +77,7 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path: Path, step: str) -> None
     else:
         pytest.fail("never came to an end")
     assert fatal > 0, "it was never killed"
-    run(tmp_path / "whole", config)
+    assert exit_code(in_a_child(lambda: run(tmp_path / "whole", config))) == 0
     whole, killed = final(tmp_path / "whole", 48), final(tmp_path / "killed", 48)
     assert all(torch.equal(t, killed[f][n]) for f, content in whole.items() for n, t in content.items())
 
