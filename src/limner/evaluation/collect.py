@@ -34,16 +34,13 @@ class Reservoir:
         self._generator = np.random.default_rng(seed)
         self._parts: dict[str, list[npt.NDArray[Any]]] = {}
         self._held = 0
-        self._seen = 0
 
     def update(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
         """Add a batch: arrays of equal length by name; every batch has the same names."""
         count = len(next(iter(columns.values())))
         priority = self._generator.random(count)
-        order = np.arange(self._seen, self._seen + count)
-        for name, values in {**columns, "_priority": priority, "_order": order}.items():
+        for name, values in {**columns, "_priority": priority}.items():
             self._parts.setdefault(name, []).append(values)
-        self._seen += count
         self._held += count
         if self._held > 2 * self.keep:
             self._prune()
@@ -51,10 +48,8 @@ class Reservoir:
     def merge(self, other: Reservoir) -> None:
         """Add what another process has kept; its items come after these."""
         for name, parts in other._parts.items():
-            shift = self._seen if name == "_order" else 0
-            self._parts.setdefault(name, []).extend(part + shift if shift else part for part in parts)
+            self._parts.setdefault(name, []).extend(parts)
         self._held += other._held
-        self._seen += other._seen
         self._prune()
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
@@ -65,10 +60,12 @@ class Reservoir:
     def _prune(self) -> None:
         if not self._parts:
             return
-        whole = {name: np.concatenate(parts) for name, parts in self._parts.items()}
-        chosen = np.argsort(whole["_priority"], kind="stable")[: self.keep]
-        chosen = chosen[np.argsort(whole["_order"][chosen], kind="stable")]
-        self._parts = {name: [values[chosen]] for name, values in whole.items()}
+        for name, parts in self._parts.items():
+            self._parts[name] = [np.concatenate(parts)] if len(parts) > 1 else parts
+        if self._held <= self.keep:
+            return
+        chosen = np.sort(np.argsort(self._parts["_priority"][0], kind="stable")[: self.keep])
+        self._parts = {name: [parts[0][chosen]] for name, parts in self._parts.items()}
         self._held = len(chosen)
 
 

@@ -43,15 +43,20 @@ class Gaussian:
     @cached_property
     def root(self) -> Tensor:
         """The symmetric square root of the covariance."""
-        values, vectors = torch.linalg.eigh(self.covariance)
+        values, vectors = self._eigen
         return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
     @cached_property
     def inverse_root(self) -> Tensor:
         """The pseudo-inverse of `root`, directions without variance left out."""
-        values, vectors = torch.linalg.eigh(self.covariance)
+        values, vectors = self._eigen
         kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(torch.float64).eps
         return (vectors[:, kept] / values[kept].sqrt()) @ vectors[:, kept].T
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return values, vectors
 
 
 class Moments:

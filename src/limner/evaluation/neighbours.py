@@ -98,6 +98,6 @@ def smallest(x: Tensor, y: Tensor, count: int, *, skip_self: bool = False) -> Te
 
 def _centred(base: Array, other: Array) -> tuple[Tensor, Tensor]:
     """Both in float32 around the base's mean: smaller numbers, less cancellation."""
-    x, y = (torch.as_tensor(z).detach().cpu().float() for z in (base, other))
-    mean = x.mean(0, dtype=torch.float64).float()
-    return x - mean, y - mean
+    x, y = (torch.as_tensor(z).detach().to("cpu", torch.float32, copy=True) for z in (base, other))
+    mean = x.mean(0)
+    return x.sub_(mean), y.sub_(mean)

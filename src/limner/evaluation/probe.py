@@ -47,17 +47,17 @@ def fit(features: Array, labels: npt.NDArray[np.int64], classes: int, *, seed: i
     order = np.random.default_rng(seed).permutation(len(labels))
     held = max(2, round(HELD_OUT * len(labels)))
     test, train = order[:held], order[held:]
-    x = torch.as_tensor(features).float()
-    mean, scale = x[train].mean(0), x[train].std(0) + 1e-6
-    x = (x - mean) / scale
-    known = torch.from_numpy(labels)
-    gram = (x[train].T @ x[train]).double()
-    sums = torch.zeros(classes, x.shape[1]).index_add_(0, known[train], x[train])
+    x, known = torch.as_tensor(features), torch.from_numpy(labels)
+    fitted, tested = x[train].float(), x[test].float()
+    mean, scale = fitted.mean(0), fitted.std(0) + 1e-6
+    fitted, tested = fitted.sub_(mean).div_(scale), tested.sub_(mean).div_(scale)
+    gram = (fitted.T @ fitted).double()
+    sums = torch.zeros(classes, x.shape[1]).index_add_(0, known[train], fitted)
     share = torch.bincount(known[train], minlength=classes).float() / len(train)
-    cross = (sums - share[:, None] * x[train].sum(0)).T.double()
+    cross = (sums - share[:, None] * fitted.sum(0)).T.double()
     best = (-1.0, gram)
     for ridge in RIDGES:
         weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), cross)
-        right = float(((x[test].double() @ weight).argmax(1) == known[test]).double().mean())
+        right = float(((tested.double() @ weight).argmax(1) == known[test]).double().mean())
         best = max(best, (right, weight), key=lambda pair: pair[0])
     return Probe(mean, scale, best[1], best[0], held)
