@@ -302,6 +302,7 @@ class Training:
             "held_out": figure if at == self.clock.images else None,
             "best": self.best,
             "rounds_since_best": self.rounds_since_best,
+            "threads": torch.get_num_threads(),
             "versions": {name: importlib.metadata.version(name) for name in ("limner", "torch")},
         }
         self.checkpoints.save(self.clock.images, tensors, state)
