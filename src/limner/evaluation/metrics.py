@@ -131,15 +131,20 @@ def frechet_interval(a: Gaussian, b: Gaussian, features: Array) -> Estimate:
     return Estimate(value, max(0.0, value - Z95 * error), value + Z95 * error)
 
 
-def fd_infinity(features: Array, reference: Gaussian, *, points: int = 6, seed: int = 0) -> float:
+def fd_infinity(features: Array, reference: Gaussian, *, points: int = 5, seed: int = 0) -> float:
     """Fréchet distance extrapolated to infinitely many samples (Chong & Forsyth 2020, arXiv:1911.07023): a line in
     1/n through the distances of random subsets of n in [N/2, N] samples, read off at 0. b keeps its own finite size.
     """
     x = _float64(features)
     generator = torch.Generator().manual_seed(seed)
     sizes = np.unique(np.linspace(max(2, len(x) // 2), len(x), points).astype(int))
-    order = [torch.randperm(len(x), generator=generator)[: int(size)] for size in sizes]
-    distances = [frechet_distance(gaussian(x[rows]), reference) for rows in order]
+    distances = []
+    for size in sizes:
+        part = gaussian(x[torch.randperm(len(x), generator=generator)[: int(size)]])
+        # The same sum of singular values as in `frechet_distance`, of one product: quicker, exact to half the digits.
+        shared = torch.linalg.eigvalsh(reference.root @ part.covariance @ reference.root).clamp_min(0).sqrt().sum()
+        spread = part.covariance.trace() + reference.covariance.trace() - 2 * shared
+        distances.append(float((part.mean - reference.mean).square().sum() + spread))
     if len(sizes) < 2:
         return distances[0]
     _, intercept = np.polyfit(1 / sizes, distances, 1)
@@ -157,9 +162,8 @@ def kid(samples: Array, reference: Array, *, block: int = 1000) -> Estimate:
     """
     x, y = _float32(samples), _float32(reference)
     n, m = len(x), len(y)
-    within_x = _kernel_row_sums(x, x, block) - _kernel(x, x, paired=True)
-    within_y = _kernel_row_sums(y, y, block) - _kernel(y, y, paired=True)
-    across = _kernel_row_sums(x, y, block)
+    within_x, within_y = (_sums_within(z, block) - _kernel(z, z, paired=True) for z in (x, y))
+    across = torch.cat([_sums_across(part, y, block) for part in x.split(block)])
     value = float(within_x.sum() / (n * (n - 1)) + within_y.sum() / (m * (m - 1)) - 2 * across.mean() / m)
     influence = 2 * (within_x / (n - 1) - across / m)
     error = float(influence.std()) / math.sqrt(n)
@@ -181,19 +185,28 @@ def kid_subsets(
 
 
 def _kernel(x: Tensor, y: Tensor, *, paired: bool = False) -> Tensor:
+    """k of all pairs (N, M), or of the pairs in step (N,)."""
     dot = (x * y).sum(1) if paired else x @ y.T
-    return (dot / x.shape[1] + 1) ** 3
+    return dot.div_(x.shape[1]).add_(1).pow_(3)
 
 
-def _kernel_row_sums(x: Tensor, y: Tensor, block: int) -> Tensor:
+def _sums_across(x: Tensor, y: Tensor, block: int) -> Tensor:
     """Sum over y of k(x, y) for each x, float64 (N,)."""
-    return torch.cat([_kernel_sums(x[i : i + block], y, block) for i in range(0, len(x), block)])
-
-
-def _kernel_sums(x: Tensor, y: Tensor, block: int) -> Tensor:
     total = torch.zeros(len(x), dtype=torch.float64)
-    for j in range(0, len(y), block):
-        total += _kernel(x, y[j : j + block]).sum(1, dtype=torch.float64)
+    for part in y.split(block):
+        total += _kernel(x, part).sum(1)
+    return total
+
+
+def _sums_within(x: Tensor, block: int) -> Tensor:
+    """Sum over all of x of k(x_i, x), float64 (N,): each pair of blocks is worked out once, for both sides."""
+    total = torch.zeros(len(x), dtype=torch.float64)
+    for i in range(0, len(x), block):
+        for j in range(i, len(x), block):
+            k = _kernel(x[i : i + block], x[j : j + block])
+            total[i : i + block] += k.sum(1)
+            if j > i:
+                total[j : j + block] += k.sum(0)
     return total
 
 
