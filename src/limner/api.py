@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from limner import __version__, build, config, recipe
-from limner.config import AutoencoderConfig, RunConfig
+from limner.config import RunConfig
 from limner.core import guidance, losses
 from limner.core.noise import step_noise
 from limner.data.dataset import prepare
@@ -81,24 +81,17 @@ def digest_of(path: Path) -> str:
 
 
 def _ready(found: Imported, digest: str) -> Generator | NoisyClassifier:
-    model = build.model(found.config)
-    _put(model, found.state)
-    if isinstance(found.config.model, AutoencoderConfig):
-        return Generator(found.config, model, digest)
     kind = NoisyClassifier if found.config.task == "classifier" else Generator
-    return kind(found.config, model, digest)
+    return kind(found.config, _model(found), digest, notes=found.notes)
 
 
-def _put(model: build.Model, state: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
-    for name in [*own, *state]:
-        if name not in own or name not in state:
-            whose = "is missing from the weights" if name in own else "is unknown to the recipe's model"
-            raise LimnerError(f"model.safetensors: '{name}' {whose}; config.yaml and weights don't belong together")
-        if own[name].shape != state[name].shape:
-            raise LimnerError(f"model.safetensors: '{name}' is {list(state[name].shape)}, the recipe's model has "
-                              f"{list(own[name].shape)}; config.yaml and weights don't belong together")  # fmt: skip
-    model.load_state_dict(dict(state))
+def _model(found: Imported) -> build.Model:
+    """The networks of a recipe with its weights in them, every one of them (LimnerError)."""
+    from limner.training.checkpoint import load_weights
+
+    model = build.model(found.config)
+    load_weights(model, found.state, "weights", "config.yaml and the weights don't belong together")
+    return model
 
 
 def convert(source: str | Path, out: str | Path, *, flags: Mapping[str, Any] | str | Path | None = None,
@@ -116,7 +109,7 @@ def convert(source: str | Path, out: str | Path, *, flags: Mapping[str, Any] | s
     if not Path(source).exists():
         raise LimnerError(f"{source}: there is no such file or directory")
     found = interop.read(source, flags=flags, config=config)
-    _put(build.model(found.config), found.state)
+    _model(found)
     out.mkdir(parents=True, exist_ok=True)
     Checkpoints(out).publish(found.state, found.config)
     return found
@@ -157,6 +150,8 @@ def train(
     wanted = _recipe(data, out, preset, task, budget, images, for_run, settings, seed, resume, overrides)
     if wanted.training.images is None and wanted.training.budget_s is None:
         raise LimnerError("training has no end: give a budget, such as 20m, or a number of images, such as 2M")
+    if wanted.space.kind != "pixels":
+        raise LimnerError("space.kind latent: this version draws with latent models but trains in pixels alone")
     pictures = prepare(wanted.data, recipe.wants(wanted), progress)
     complete = recipe.complete(wanted, pictures, str(wanted.data.source))
     torch.manual_seed(complete.training.seed)
@@ -182,7 +177,7 @@ def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task |
     if resume and preset is None and stored.is_file():
         preset = str(stored)
     if preset is None:
-        preset = {"classifier": "cifar10-classifier"}.get(task or "", "default")
+        preset = {"classifier": "cifar10-classifier", "autoencoder": "autoencoder"}.get(task or "", "default")
     raw = recipe.raw_recipe(preset, source=source, settings=settings, budget=budget, images=images, seed=seed)
     for name, values in overrides.items():
         if name not in RunConfig.model_fields:

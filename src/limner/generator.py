@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,8 +20,8 @@ from limner.core.path import Path
 from limner.core.samplers import SAMPLERS
 from limner.core.types import Denoise, Noise, OnStep
 from limner.errors import LimnerError, suggest
-from limner.guide import Guide, Labels, NoisyClassifier, label_numbers
-from limner.hardware import autocast, best_device
+from limner.guide import Guide, Labels, Loaded, NoisyClassifier, label_numbers
+from limner.hardware import autocast
 from limner.nn.conditioners import Embedded
 from limner.settings import Settings
 
@@ -63,21 +63,14 @@ class Order:
 
 
 @dataclass
-class Generator:
+class Generator(Loaded):
     """A diffusion model that draws: what `limner.load` gives for a run or an imported checkpoint.
 
-    config: its recipe. model: its networks. digest: of its weights. Networks run under bf16 autocast where the
-    recipe's precision and the machine say so.
+    Networks run under bf16 autocast where the recipe's precision and the machine say so.
     """
 
-    config: RunConfig
-    model: build.Model
-    digest: str = ""
-    device: torch.device = field(default_factory=best_device)
-
     def __post_init__(self) -> None:
-        build.ready(self.model, self.device)
-        self.schedule = build.schedule(self.config)
+        super().__post_init__()
         self.shape = build.space_shape(self.config)
 
     @property

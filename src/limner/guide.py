@@ -47,17 +47,26 @@ def _label_number(label: int | str, classes: Sequence[str]) -> int:
 
 
 @dataclass
-class NoisyClassifier:
-    """p(y | x_t, t), trained on noisy images: what `limner.load` gives for a classifier's run or checkpoint."""
+class Loaded:
+    """Networks ready for use.
+
+    config: their recipe. digest: of the weights. notes: what an importer has to tell of how it read them.
+    """
 
     config: RunConfig
     model: build.Model
     digest: str = ""
     device: torch.device = field(default_factory=best_device)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         build.ready(self.model, self.device)
         self.schedule = build.schedule(self.config)
+
+
+@dataclass
+class NoisyClassifier(Loaded):
+    """p(y | x_t, t), trained on noisy images: what `limner.load` gives for a classifier's run or checkpoint."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -96,7 +96,8 @@ def for_classifier(raw: dict[str, Any], run: RunConfig, where: Path) -> dict[str
     data |= {"size": stored["data"]["size"], "channels": stored["data"]["channels"]}
     process = {**stored["process"], "learned_variance": False}
     classes = stored["classes"] if any(s.kind == "label" for s in run.conditions) else None
-    return {**raw, "task": "classifier", "data": data, "process": process, "space": stored["space"],
+    model = {"patch": stored["model"].get("patch", 1), **raw.get("model", {})}
+    return {**raw, "task": "classifier", "model": model, "data": data, "process": process, "space": stored["space"],
             "classes": classes, "conditions": [], "provenance": {"for": str(where)}}  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -82,6 +83,8 @@ def sample(
 
     gen = _generator(api.load(run, flags=flags, config=config), run)
     guide = None if classifier is None else api.load(classifier, flags=classifier_flags)
+    for note in (*gen.notes, *(() if guide is None else guide.notes)):
+        print(f"limner: {note}", file=sys.stderr)
     captions = _captions(text, text_file)
     given = {
         "guidance": guidance,

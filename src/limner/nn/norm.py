@@ -30,9 +30,9 @@ class GroupNorm(nn.GroupNorm):
         if input.dim() != 4:
             x = super().forward(input)
             return F.silu(x) if silu else x
-        nothing = self.weight.new_zeros(())
-        scale = nothing if scale is None else scale
-        shift = nothing if shift is None else shift
+        # Two zeros: the same tensor handed in twice would break torch.compile's graph here.
+        scale = self.weight.new_zeros(()) if scale is None else scale
+        shift = self.weight.new_zeros(()) if shift is None else shift
         return _Normalise.apply(input, self.weight, self.bias, scale.float(), shift.float(), self.num_groups, self.eps,
                                 silu)  # fmt: skip
 

@@ -283,17 +283,19 @@ def _damage(path: Path) -> str | None:
 # --- putting a checkpoint back --------------------------------------------------------------------------------------
 
 
-def load_weights(module: nn.Module, tensors: Tensors, where: str) -> None:
-    """Put weights into a module. Raises LimnerError naming the first that is missing, unknown or of another shape."""
+def load_weights(module: nn.Module, tensors: Tensors, where: str,
+                 advice: str = "resume with the run's own recipe") -> None:  # fmt: skip
+    """Put weights into a module. Raises LimnerError, ending in `advice`, that names the first which is missing, unknown
+    or of another shape."""
     own = module.state_dict()
     for name in [*own, *tensors]:
         if name not in own or name not in tensors:
             whose = "is not in the checkpoint" if name in own else "is unknown to this recipe's model"
-            raise LimnerError(f"{where}: weight '{name}' {whose}; resume with the run's own recipe")
+            raise LimnerError(f"{where}: weight '{name}' {whose}; {advice}")
         if own[name].shape != tensors[name].shape:
             raise LimnerError(
                 f"{where}: weight '{name}' is {list(tensors[name].shape)} in the checkpoint and "
-                f"{list(own[name].shape)} in this recipe's model; resume with the run's own recipe"
+                f"{list(own[name].shape)} in this recipe's model; {advice}"
             )
     with torch.no_grad():
         for name, tensor in own.items():
