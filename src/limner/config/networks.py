@@ -41,6 +41,8 @@ class UNetConfig(Section):
     )
     time_order: Literal["cos_sin", "sin_cos"] = "cos_sin"
     time_scale: float = Field(default=1000.0, description="continuous t is multiplied by this before the sinusoids")
+    time_period: float = Field(default=10_000.0, gt=1, description="the longest of the sinusoids' periods, over 2 pi")
+    asymmetric: bool = Field(default=False, description="conv: downsampling pads right and below only")
     norm_groups: PositiveInt = 32
     norm_eps: float = 1e-5
     transformer_norm_eps: float = 1e-6

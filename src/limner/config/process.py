@@ -41,6 +41,14 @@ class DiscreteCosineSchedule(Section):
     zero_terminal_snr: bool = False
 
 
+class TableSchedule(Section):
+    """Any beta of every step, in order: what an imported model was trained with, where no formula gives it."""
+
+    kind: Literal["table"] = "table"
+    betas: tuple[float, ...] = Field(min_length=1)
+    zero_terminal_snr: bool = False
+
+
 class CosineSchedule(Section):
     """Continuous cosine, alpha = cos(pi t / 2); log-SNR shifted by 2 log `shift` (simple diffusion, eq. 4)."""
 
@@ -58,7 +66,12 @@ class RectifiedFlowSchedule(Section):
 
 
 ScheduleConfig = Annotated[
-    LinearSchedule | ScaledLinearSchedule | DiscreteCosineSchedule | CosineSchedule | RectifiedFlowSchedule,
+    LinearSchedule
+    | ScaledLinearSchedule
+    | DiscreteCosineSchedule
+    | TableSchedule
+    | CosineSchedule
+    | RectifiedFlowSchedule,
     Field(discriminator="kind"),
 ]
 

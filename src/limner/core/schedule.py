@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
     "RectifiedFlowSchedule",
     "ScaledLinearSchedule",
     "Schedule",
+    "TableSchedule",
 ]
 
 CLEAN = Knot(0.0, 1.0, 0.0)
@@ -224,6 +226,13 @@ class DiscreteCosineSchedule(DiscreteSchedule):
         alphas_bar = np.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
         betas = np.minimum(1 - alphas_bar[1:] / alphas_bar[:-1], max_beta)
         super().__init__(betas, zero_terminal_snr=zero_terminal_snr)
+
+
+class TableSchedule(DiscreteSchedule):
+    """The betas themselves, one a step."""
+
+    def __init__(self, betas: Sequence[float], zero_terminal_snr: bool = False) -> None:
+        super().__init__(np.asarray(betas, dtype=np.float64), zero_terminal_snr=zero_terminal_snr)
 
 
 def _at_least_one(steps: int) -> int:

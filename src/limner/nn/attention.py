@@ -16,14 +16,18 @@ SHORT = 256
 """Pixels or tokens up to which, in training on a CPU, plain products beat the fused kernel, tenfold."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, *,
+           causal: bool = False) -> Tensor:  # fmt: skip
     """softmax(Q K^T / sqrt d) V by heads (Vaswani et al. 2017, eq. 1; Rombach et al. 2022, section 3.3).
 
-    q (B, N, C); k, v (B, M, C); mask (B, M) bool, True where a key counts. Channels are ordered head by head.
-    Returns (B, N, C).
+    q (B, N, C); k, v (B, M, C); mask (B, M) bool, True where a key counts. causal: a query sees no later key (N = M).
+    Channels are ordered head by head. Returns (B, N, C).
     """
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     keep = None if mask is None else mask[:, None, None, :]
+    if causal:
+        past = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        keep = past if keep is None else keep & past
     if q.device.type == "cpu" and max(q.shape[2], k.shape[2]) <= SHORT and q.requires_grad:
         weights = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
         weights = weights if keep is None else weights.masked_fill(~keep, -torch.inf)

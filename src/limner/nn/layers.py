@@ -40,15 +40,16 @@ def sinusoids(time: Tensor, channels: int, order: Literal["cos_sin", "sin_cos"] 
 class TimeEmbedding(nn.Module):
     """Sinusoids of `scale` x time through a two-layer network: (B,) -> (B, emb_channels), before the last SiLU."""
 
-    def __init__(self, channels: int, emb_channels: int, order: Literal["cos_sin", "sin_cos"], scale: float) -> None:
+    def __init__(self, channels: int, emb_channels: int, order: Literal["cos_sin", "sin_cos"], scale: float,
+                 period: float = 10_000.0) -> None:  # fmt: skip
         super().__init__()
-        self.channels, self.scale = channels, scale
+        self.channels, self.scale, self.period = channels, scale, period
         self.order: Literal["cos_sin", "sin_cos"] = order
         self.linear1 = nn.Linear(channels, emb_channels)
         self.linear2 = nn.Linear(emb_channels, emb_channels)
 
     def forward(self, time: Tensor) -> Tensor:
-        waves = sinusoids(time.float() * self.scale, self.channels, self.order)
+        waves = sinusoids(time.float() * self.scale, self.channels, self.order, self.period)
         return self.linear2(F.silu(self.linear1(waves.to(self.linear1.weight.dtype))))
 
 

@@ -48,7 +48,8 @@ class Vocabulary(nn.Module):
     """Byte-level BPE learnt from captions, kept among the weights, so that a run is whole by itself.
 
     size: number of tokens at most. length: L, tokens a caption, the start and end marks included. The buffer `data`
-    is the tokenizer's JSON, deflated; any tokenizer of the `tokenizers` library with 0 for padding may be put there.
+    is the tokenizer's JSON, deflated; any tokenizer of the `tokenizers` library may be put there. It pads with the
+    token that its JSON names for that, else with token 0.
     """
 
     data: Tensor
@@ -104,57 +105,79 @@ class Vocabulary(nn.Module):
                 raise LimnerError("text: this model has no vocabulary; give tokens instead of captions")
             from tokenizers import Tokenizer
 
-            made = Tokenizer.from_str(zlib.decompressobj().decompress(data.numpy().tobytes()).decode())
+            made = Tokenizer.from_str(self.json())
+            pad = (made.padding or {}).get("pad_id", 0)
             made.enable_truncation(self.length)
-            made.enable_padding(length=self.length, pad_id=0, pad_token=made.id_to_token(0))
+            made.enable_padding(length=self.length, pad_id=pad, pad_token=made.id_to_token(pad))
             self._built = (data.clone(), made)
         return self._built[1]
 
+    def json(self) -> str:
+        """The tokenizer's JSON, as it was put. Raises LimnerError where there is none, or it is damaged."""
+        try:
+            return zlib.decompressobj().decompress(self.data.cpu().numpy().tobytes()).decode()
+        except (zlib.error, UnicodeDecodeError):
+            raise LimnerError("vocabulary: is empty or damaged") from None
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+Activation = Literal["gelu", "quick_gelu"]
+
 
 class TextAttention(nn.Module):
-    """Self-attention over tokens, of any inner width."""
+    """Self-attention over tokens, of any inner width. causal: a token sees itself and those before it."""
 
-    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, *, bias: bool = False, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * heads * head_dim, bias=False)
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(width, 3 * heads * head_dim, bias=bias)
         self.out = nn.Linear(heads * head_dim, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=2)
-        return self.out(attend(q, k, v, self.heads, mask))
+        return self.out(attend(q, k, v, self.heads, mask, causal=self.causal))
 
 
 class TextBlock(nn.Module):
-    """Self-attention and a feed-forward network with GELU, pre-norm."""
+    """Self-attention and a feed-forward network, pre-norm."""
 
-    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, hidden: int, activation: Activation, *,
+                 bias: bool, causal: bool) -> None:  # fmt: skip
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = TextAttention(width, heads, head_dim)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.attention = TextAttention(width, heads, head_dim, bias=bias, causal=causal)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attention(self.norm1(x), mask)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(self.activation(self.up(self.norm2(x))))
 
 
 class TextTransformer(nn.Module):
     """An unmasked transformer trained from nothing with the diffusion model (Rombach et al. 2022, appendix E.2.1).
 
     With masked=False padding is attended to like any token, as in the published text-to-image model, which this
-    expresses exactly.
+    expresses exactly. So it does CLIP's text encoder (Radford et al. 2021, section 2.4), with causal and bias.
+    hidden: width between the feed-forward layers, 4 x width unless told. bias: of Q, K and V.
     """
 
     def __init__(self, vocabulary: int, width: int, depth: int, length: int, *, heads: int, head_dim: int = 64,
-                 masked: bool = True) -> None:  # fmt: skip
+                 masked: bool = True, causal: bool = False, bias: bool = False, hidden: int | None = None,
+                 activation: Activation = "gelu") -> None:  # fmt: skip
         super().__init__()
         self.width, self.length, self.masked = width, length, masked
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.empty(length, width))
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.02)
-        self.blocks = nn.ModuleList(TextBlock(width, heads, head_dim) for _ in range(depth))
+        shape = (width, heads, head_dim, hidden or 4 * width, activation)
+        self.blocks = nn.ModuleList(TextBlock(*shape, bias=bias, causal=causal) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,7 @@ class Blocks:
     dropout: float
     token_channels: int | None = None
     transformer_norm_eps: float = 1e-6
+    asymmetric: bool = False
 
     def heads_of(self, channels: int) -> int:
         return self.heads or max(1, channels // (self.head_dim or channels))
@@ -64,7 +65,7 @@ class Blocks:
 
     def down(self, channels: int) -> nn.Module:
         return self.residual(channels, channels, "down") if self.resample == "block" else Downsample(
-            channels, convolve=self.resample == "conv")  # fmt: skip
+            channels, convolve=self.resample == "conv", asymmetric=self.asymmetric)  # fmt: skip
 
     def up(self, channels: int) -> nn.Module:
         return self.residual(channels, channels, "up") if self.resample == "block" else Upsample(
@@ -152,6 +153,8 @@ class UNet(nn.Module):
         emb_channels: int | None = None,
         time_order: Literal["cos_sin", "sin_cos"] = "cos_sin",
         time_scale: float = 1000.0,
+        time_period: float = 10_000.0,
+        asymmetric: bool = False,
         norm_groups: int = 32,
         norm_eps: float = 1e-5,
         transformer_norm_eps: float = 1e-6,
@@ -165,8 +168,8 @@ class UNet(nn.Module):
         self.factor = patch * 2 ** (len(levels) - 1)
         self.gradient_checkpointing = gradient_checkpointing
         blocks = Blocks(self.emb_channels, modulation, resample, head_dim, heads, norm_groups, norm_eps, dropout,
-                        token_channels, transformer_norm_eps)  # fmt: skip
-        self.time = TimeEmbedding(time_channels, self.emb_channels, time_order, time_scale)
+                        token_channels, transformer_norm_eps, asymmetric)  # fmt: skip
+        self.time = TimeEmbedding(time_channels, self.emb_channels, time_order, time_scale, time_period)
         self.stem = nn.Conv2d(in_channels * patch**2, levels[0].channels, 3, padding=1)
         self.down, skips = blocks.encoder(levels)
         self.middle = blocks.middle(levels[-1], middle)
