@@ -117,23 +117,6 @@ def test_a_classifier_of_ones_own_judges_beside_the_probe():
     assert "trained:blind 0." in found.title
 
 
-def test_captions_are_retrieved_by_perfect_pictures_and_not_by_others():
-    texts = [f"picture {k}" for k in range(len(REAL_X))]
-    real = ArrayPictures(REAL_X, None, texts)
-    rows = np.arange(60)
-    asked = [texts[k] for k in rows]
-    perfect = evaluate(iter([(REAL_X[rows], {"text": asked})]), real, features=Tiny())
-    assert perfect["retrieval"].value == 1
-    assert perfect["retrieval"].n == 60
-    assert "first among 200 real ones; chance 0.005" in perfect["retrieval"].notes
-    swapped = evaluate(iter([(REAL_X[rows], {"text": asked[::-1]})]), real, features=Tiny())
-    assert swapped["retrieval"].value < 0.1
-    assert perfect.sheet is not None
-    assert perfect.sheet.captions[0] == "picture 0"
-    unknown = evaluate(iter([(REAL_X[rows], {"text": ["no such caption"] * 60})]), real, features=Tiny())
-    assert not [name for name in unknown.figures if name.startswith("retrieval")]
-
-
 def test_the_names_of_inception_are_its_own(monkeypatch):
     network = Tiny()
     network.name = "inception"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,7 +166,7 @@ def collect(
     all get the sums of all, unless this one works `alone`. Raises LimnerError: no pictures, pictures of several sizes.
     """
     found = Collected(seed=seed, keep=keep)
-    for pictures, conditions in _rebatched(batches, num):
+    for pictures, conditions in rebatched(batches, num):
         found.add(pictures, conditions, network, judge)
         if progress is not None:
             progress(found.n)
@@ -188,7 +188,7 @@ def gathered(found: Collected) -> Collected:
     return first
 
 
-def _rebatched(batches: Iterable[Batch], num: int | None) -> Iterable[Batch]:
+def rebatched(batches: Iterable[Batch], num: int | None) -> Iterator[Batch]:
     """The same pictures, at most BATCH at a time, at most `num` in all."""
     left = num
     for pictures, conditions in batches:

@@ -13,11 +13,12 @@ from limner import __version__
 from limner.errors import LimnerError
 from limner.evaluation import metrics, neighbours, probe
 from limner.evaluation import reference as references
-from limner.evaluation.collect import KEEP, collect
+from limner.evaluation.collect import KEEP, collect, rebatched
 from limner.evaluation.features import FeatureNetwork, network
 from limner.evaluation.figures import Subject, measure, sheet, warnings_of
 from limner.evaluation.real import RealPictures, open_real
 from limner.evaluation.report import Report
+from limner.evaluation.retrieval import Search
 from limner.evaluation.samples import in_classes, open_samples
 
 Progress = Callable[[str, int], None]
@@ -32,6 +33,7 @@ def evaluate(
     num: int | None = None,
     settings: Mapping[str, Any] | None = None,
     judge: FeatureNetwork | None = None,
+    trained_on: Any = None,
     keep: int = KEEP,
     pictures: int = 24,
     seed: int = 0,
@@ -44,7 +46,9 @@ def evaluate(
     reference: what `open_real` takes: a data set, a DataConfig, a path; or statistics kept from an earlier run. Its
     statistics are cached by the digest of data, resizing and network. num: at most that many samples. settings: how the
     samples were made (sampler, steps, guidance, seed), beside what their files say. judge: one's own classifier
-    (`features.network("trained:RUN", classifier=...)`). pictures: shown in the report. seed: of the evaluation's draws.
+    (`features.network("trained:RUN", classifier=...)`). trained_on: the data that the model learned from, where the
+    reference is another; then all the reference's captions are searched for, and else those of its held-out rows.
+    pictures: shown in the report. seed: of the evaluation's draws.
 
     Under torch.distributed every process gives its own samples and gets the same report. Raises LimnerError: no
     pictures or one, several sizes, NaN, classes that the reference has not, a reference of another size.
@@ -53,12 +57,16 @@ def evaluate(
     tell = progress or (lambda stage, done: None)
     opened = open_samples(samples)
     data, real = _reference(reference, net, opened.size, tell)
-    batches = in_classes(opened.batches, real.class_names)
+    batches = rebatched(in_classes(opened.batches, real.class_names), num)
+    search = None
+    if data is not None and data.texts is not None:
+        search = Search(data, net, None if trained_on is None else open_real(trained_on, opened.size))
+        batches = search.watching(batches)
     found = collect(batches, net, keep=keep, num=num, seed=seed, judge=judge, progress=lambda n: tell("samples", n))
     if found.n < 2:
         raise LimnerError(f"samples: {found.n} picture is too few; a comparison needs at least 2")
     tell("figures", 0)
-    subject = Subject(found, real, data, net, judge, found.kept.columns())
+    subject = Subject(found, real, data, net, judge, found.kept.columns(), None if search is None else search.found())
     about = {
         "samples": {"source": opened.name, "n": found.n, "size": f"{found.size[1]}x{found.size[0]}"},
         "settings": {**opened.settings, **(settings or {})},

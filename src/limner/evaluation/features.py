@@ -84,6 +84,9 @@ class EfficientNetLite0(FeatureNetwork):
 
     name = "efficientnet-lite0"
     dim = 1280
+    # As these weights were trained (MEAN_RGB and STDDEV_RGB of TensorFlow's efficientnet/lite); the package's text only
+    # repeats another network's example, with ImageNet's mean and deviation. On CIFAR-10 (1,000 pictures to fit, 500 to
+    # test) a linear probe is right on .726 this way and on .696 that way, at 224 pixels on .742 and .700.
     mean, std = (127.0,) * 3, (128.0,) * 3
 
     def __init__(self, device: Device = "cpu", side: int | None = None) -> None:

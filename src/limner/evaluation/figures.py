@@ -17,6 +17,7 @@ from limner.evaluation.metrics import Estimate
 from limner.evaluation.real import RealPictures
 from limner.evaluation.reference import Reference
 from limner.evaluation.report import Better, Figure, Sheet
+from limner.evaluation.retrieval import Retrieved
 
 K, K_DENSITY = 3, 5
 """Neighbours of precision and recall, and of density and coverage, as in the papers."""
@@ -24,13 +25,12 @@ NEAREST = 2_000
 """Samples whose nearest training picture is sought, and real ones for comparison."""
 CLOSE = 0.01
 """A sample is close to a training picture when it is nearer than all but this share of real pictures are."""
-GALLERY = 200
-"""Real pictures among which a caption's own is to be found."""
 
 
 @dataclass
 class Subject:
-    """Everything that figures are made of. kept: the columns of the samples whose features were kept."""
+    """Everything that figures are made of. kept: the columns of the samples whose features were kept. retrieved: how
+    the samples and recall fared at text-image retrieval, None where no captions were searched for."""
 
     found: Collected
     real: Reference
@@ -38,6 +38,7 @@ class Subject:
     network: FeatureNetwork
     judge: FeatureNetwork | None
     kept: dict[str, npt.NDArray[Any]]
+    retrieved: tuple[Retrieved, Retrieved | None] | None = None
 
     @property
     def name(self) -> str:
@@ -71,6 +72,8 @@ def warnings_of(subject: Subject) -> list[str]:
         texts.append(f"the reference's {subject.real.pooled.n:,} pictures are fewer than {dim:,} feature dimensions")
     if found.n < 2 * K_DENSITY or len(subject.real.features) < 2 * K_DENSITY:
         texts.append(f"fewer than {2 * K_DENSITY} pictures on a side: no precision, recall, density, coverage, KID")
+    if "text" in found.columns and subject.data is not None and subject.retrieved is None:
+        texts.append("no two of the samples' captions are held-out captions of the reference: no text-image retrieval")
     if found.n > found.keep:
         texts.append(f"neighbours, KID and classes rest on a random {found.keep:,} of the {found.n:,} samples")
     return texts
@@ -168,26 +171,22 @@ def memory(s: Subject) -> Iterator[Figure]:
 
 
 def retrieval(s: Subject) -> Iterator[Figure]:
-    """Whether a caption's own real picture is the one most like the sample (held-out rows first)."""
-    asked = s.kept.get("text")
-    if asked is None or s.data is None or s.data.texts is None:
+    """Whether a caption's own real picture is the one most like the sample, and how far recall alone would come."""
+    if s.retrieved is None:
         return
-    rows = _rows_by_text(s.data)
-    captions = list(dict.fromkeys(text for text in asked if text in rows))[:GALLERY]
-    if len(captions) < 2:
-        return
-    known = len(captions)
-    captions += [text for text in rows if text not in set(captions)][: GALLERY - known]
-    number = {text: k for k, text in enumerate(captions[:known])}
-    gallery = _pooled(s, [rows[text] for text in captions])
-    queries = [k for k, text in enumerate(asked) if text in number]
-    own = np.array([number[asked[k]] for k in queries])
-    ranks = neighbours.retrieval_ranks(s.features[queries], gallery, own)
-    total, name = len(captions), s.name
-    note = f"its own picture first among {total} real ones; chance {1 / total:.3g}, median rank {np.median(ranks):.4g}"
-    yield _figure(f"retrieval-{name}", metrics.share(ranks == 1), len(ranks), "higher", note)
-    note = f"among the first five of {total}; chance {min(1, 5 / total):.3g}"
-    yield _figure(f"retrieval_top5-{name}", metrics.share(ranks <= 5), len(ranks), "higher", note)
+    for found, name, who in zip(
+        s.retrieved,
+        ("retrieval", "retrieval_by_recall"),
+        ("its own picture", "from the training picture with the nearest caption: its own"),
+        strict=True,
+    ):
+        if found is None:
+            continue
+        for first, suffix, place in ((1, "", "first"), (5, "_top5", "in the first five")):
+            note = f"{who} {place} among {found.among} real ones; chance {found.chance(first):.3g}"
+            note += f", median rank {np.median(found.ranks):.4g}" if first == 1 else ""
+            better: Better = "higher" if name == "retrieval" else ""
+            yield _figure(f"{name}{suffix}-{s.name}", found.within(first), len(found.ranks), better, note)
 
 
 def colours(s: Subject) -> Iterator[Figure]:
@@ -236,21 +235,6 @@ def _judge_on_real(s: Subject) -> float | None:
         for pictures, conditions in s.data.iterate(rows, 64)
     ]
     return float(sum(right) / len(rows))
-
-
-def _rows_by_text(data: RealPictures) -> dict[str, int]:
-    """The row of each caption; held-out rows come first, and win where a caption repeats."""
-    texts = data.texts or []
-    found: dict[str, int] = {}
-    for row in (*data.held_out, *data.train):
-        found.setdefault(texts[row], int(row))
-    return found
-
-
-def _pooled(s: Subject, rows: list[int]) -> torch.Tensor:
-    assert s.data is not None
-    parts = [s.network(s.data.uint8(rows[k : k + 32]))["pooled"] for k in range(0, len(rows), 32)]
-    return torch.cat(parts).half()
 
 
 def _enough(s: Subject) -> bool:
