@@ -4,6 +4,18 @@ A `kind` here meets its class in `build.py` and nowhere else. Defaults are those
 """
 
 from limner.config.base import Fraction, Section
+from limner.config.conditions import (
+    BoxesCondition,
+    BPEText,
+    ConditionConfig,
+    ImageCondition,
+    LabelCondition,
+    MaskCondition,
+    PretrainedText,
+    SemanticMapCondition,
+    TextCondition,
+    VariationCondition,
+)
 from limner.config.files import dump, load, override, parse, read_yaml
 from limner.config.networks import (
     AutoencoderConfig,
@@ -23,22 +35,17 @@ from limner.config.process import (
     RectifiedFlowSchedule,
     ScaledLinearSchedule,
     ScheduleConfig,
+    TableSchedule,
     WeightingConfig,
 )
 from limner.config.run import (
-    BPEText,
-    ConditionConfig,
     DataConfig,
     EMAConfig,
-    ImageCondition,
-    LabelCondition,
     LatentSpace,
     PixelSpace,
-    PretrainedText,
     RunConfig,
     SamplingConfig,
     SpaceConfig,
-    TextCondition,
     TrainingConfig,
 )
 
@@ -46,6 +53,7 @@ __all__ = [
     "AutoencoderConfig",
     "AutoencoderLoss",
     "BPEText",
+    "BoxesCondition",
     "ClassifierConfig",
     "ConditionConfig",
     "CosineSchedule",
@@ -60,6 +68,7 @@ __all__ = [
     "LatentSpace",
     "Level",
     "LinearSchedule",
+    "MaskCondition",
     "PixelSpace",
     "PredictionKind",
     "PretrainedText",
@@ -69,11 +78,14 @@ __all__ = [
     "ScaledLinearSchedule",
     "ScheduleConfig",
     "Section",
+    "SemanticMapCondition",
     "SpaceConfig",
+    "TableSchedule",
     "TextCondition",
     "TrainingConfig",
     "UNetConfig",
     "VQConfig",
+    "VariationCondition",
     "WeightingConfig",
     "dump",
     "load",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from limner.config.base import Fraction, Section
+from limner.config.conditions import ConditionConfig
 from limner.config.networks import (
     AutoencoderConfig,
     AutoencoderLoss,
@@ -14,64 +16,6 @@ from limner.config.networks import (
     UNetConfig,
 )
 from limner.config.process import DiffusionProcess
-
-
-class LabelCondition(Section):
-    """One of K classes, as a vector into AdaGN (or as one token for cross-attention, LDM's ClassEmbedder)."""
-
-    kind: Literal["label"] = "label"
-    dropout: Fraction = Field(default=0.1, description="how often training sees the null condition instead")
-    enters: Literal["vector", "token"] = "vector"
-    width: PositiveInt | None = Field(default=None, description="token: its width")
-    null: bool = Field(default=True, description="a learned row for the absent label; False: absent adds nothing")
-
-
-class BPEText(Section):
-    """A transformer trained from nothing, with the diffusion model, on byte-level BPE of the captions."""
-
-    kind: Literal["bpe"] = "bpe"
-    vocabulary: PositiveInt = 2048
-    width: PositiveInt = 128
-    depth: PositiveInt = 2
-    head_dim: PositiveInt = 64
-    heads: PositiveInt | None = Field(default=None, description="default: width / head_dim")
-    length: PositiveInt = Field(
-        default=32, description="tokens a caption, with its start and end marks; longer ones are cut"
-    )
-    masked: bool = Field(default=True, description="False: padding is attended to, as in CompVis' model")
-
-
-class PretrainedText(Section):
-    """A frozen encoder of transformers: a local folder, a hub name, or `minilm` (from its wheel)."""
-
-    kind: Literal["pretrained"] = "pretrained"
-    name: str = "minilm"
-    length: PositiveInt = 64
-
-
-class TextCondition(Section):
-    """Captions: tokens for cross-attention, and a pooled vector into AdaGN."""
-
-    kind: Literal["text"] = "text"
-    dropout: Fraction = 0.1
-    encoder: Annotated[BPEText | PretrainedText, Field(discriminator="kind")] = BPEText()
-    pooled: bool = Field(default=True, description="a pooled vector into AdaGN besides the tokens")
-    null: Literal["learned", "empty"] = Field(
-        default="learned", description="empty: an absent caption is the empty one"
-    )
-
-
-class ImageCondition(Section):
-    """A small picture, enlarged to the picture's size and concatenated to x_t: super-resolution."""
-
-    kind: Literal["image"] = "image"
-    dropout: Fraction = 0.1
-    size: tuple[PositiveInt, PositiveInt] = Field((16, 16), description="height, width of the small picture")
-    null: bool = Field(True, description="an absent picture is grey; False: every picture must be given")
-
-
-ConditionConfig = Annotated[LabelCondition | TextCondition | ImageCondition, Field(discriminator="kind")]
-
 
 # --- data, space ------------------------------------------------------------------------------------------------
 
@@ -91,6 +35,9 @@ class DataConfig(Section):
     image_column: str | None = None
     label_column: str | None = None
     text_column: str | None = None
+    map_column: str | None = Field(default=None, description="semantic maps: pictures of class numbers")
+    mask_column: str | None = Field(default=None, description="masks: white is what is to be painted")
+    boxes_column: str | None = Field(default=None, description="objects: {bbox: [[x, y, w, h]], categories: []}")
     held_out: Fraction = Field(default=0.02, description="share of rows kept for the held-out loss (at most 2,048)")
 
     @field_validator("size", mode="before")
@@ -101,20 +48,6 @@ class DataConfig(Section):
 
 class PixelSpace(Section):
     kind: Literal["pixels"] = "pixels"
-
-
-class LatentSpace(Section):
-    """Diffusion in an autoencoder's latents. The trained autoencoder is kept inside the run."""
-
-    kind: Literal["latent"] = "latent"
-    autoencoder: AutoencoderConfig
-    source: str | None = Field(
-        default=None, description="a run or folder it came from; default: trained as the first stage"
-    )
-    share: Fraction = Field(default=0.3, description="share of the budget that the autoencoder stage gets")
-
-
-SpaceConfig = Annotated[PixelSpace | LatentSpace, Field(discriminator="kind")]
 
 
 # --- training, sampling -----------------------------------------------------------------------------------------
@@ -169,6 +102,27 @@ class TrainingConfig(Section):
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads `off` as False
 
 
+class LatentSpace(Section):
+    """Diffusion in an autoencoder's latents. The trained autoencoder is kept inside the run."""
+
+    kind: Literal["latent"] = "latent"
+    autoencoder: AutoencoderConfig
+    source: str | None = Field(
+        default=None, description="the run or checkpoint it came from; default: trained as the first stage"
+    )
+    share: Fraction = Field(
+        default=0.3,
+        description="of the budget for the first stage; of `training.images`: as many more for the first stage",
+    )
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(batch=8),
+        description="of the first stage; its budget, where it is given here, stands instead of `share`",
+    )
+
+
+SpaceConfig = Annotated[PixelSpace | LatentSpace, Field(discriminator="kind")]
+
+
 class SamplingConfig(Section):
     """Defaults of `limner sample` for this run."""
 
@@ -199,6 +153,10 @@ class RunConfig(Section):
     classes: tuple[str, ...] | None = Field(default=None, description="names of the labels, in order")
     label_smoothing: Fraction = Field(default=0.0, description="classifier task")
     provenance: dict[str, Any] = Field(default_factory=dict, description="where it came from; never read by the code")
+
+    def conditions_in(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The conditions of a batch of the data set, by modality."""
+        return {section.kind: batch[section.key] for section in self.conditions}
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from limner.errors import LimnerError
 
 Progress = Callable[[int, int], None]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _VERSION = 1
@@ -35,18 +36,25 @@ class View:
     """How the rows of a batch are seen; the same for a picture and for everything that lies on it.
 
     `mirror`: bool (B,), left and right exchanged. `corner`: float (B, 2) in [0, 1), where between top and bottom,
-    left and right, the crop is taken. None: not mirrored; the centre.
+    left and right, the crop is taken. `chance`: float (B,) in [0, 1), what decides all that is made at random for a
+    row. None: not mirrored; the centre; nothing by chance but what the row's number decides.
     """
 
     mirror: npt.NDArray[np.bool_] | None = None
     corner: npt.NDArray[np.float64] | None = None
+    chance: npt.NDArray[np.float64] | None = None
+
+    def generators(self, rows: npt.NDArray[np.int64]) -> list[np.random.Generator]:
+        """A generator for each row, whatever the batch that it is in."""
+        seeds = rows if self.chance is None else (self.chance * 2**53).astype(np.int64)
+        return [np.random.Generator(np.random.Philox(int(seed))) for seed in seeds]
 
 
 class Pixels:
     """N pictures of uint8 in a file, channels first, as networks read them. `take` gathers a batch (B, C, H, W).
 
     Pictures kept for random crops have margins on their longer side, so they vary in size and are cut one by one;
-    otherwise the file is one array (N, C, H, W).
+    otherwise the file is one array (N, C, H, W). shapes: (N, 2), height and width of each as it is kept.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -54,32 +62,36 @@ class Pixels:
         self.size: tuple[int, int] = (about["size"][0], about["size"][1])
         self.channels: int = about["channels"]
         self.digest: str = about["digest"]
-        self._shapes: npt.NDArray[np.int64] = np.load(directory / "shapes.npy")
-        self.has_margins = bool((self._shapes != self.size).any())
+        self.shapes: npt.NDArray[np.int64] = np.load(directory / "shapes.npy")
+        self.has_margins = bool((self.shapes != self.size).any())
         flat = np.memmap(directory / "pixels.u8", dtype=np.uint8, mode="r")
         self._flat = np.asarray(flat)  # the plain view: indexing a memmap object costs more
-        lengths = self._shapes.prod(1) * self.channels
+        lengths = self.shapes.prod(1) * self.channels
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         self._array = None if self.has_margins else self._flat.reshape(-1, self.channels, *self.size)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self.shapes)
 
     def take(self, rows: npt.NDArray[np.int64], view: View) -> npt.NDArray[np.uint8]:
         """uint8 (B, C, H, W), a copy."""
-        batch = self._array[rows] if self._array is not None else self._cut(rows, view.corner)
+        batch = self._array[rows] if self._array is not None else self._cut(rows, view)
         if view.mirror is not None and view.mirror.any():
             batch[view.mirror] = batch[view.mirror][..., ::-1]
         return batch
 
-    def _cut(self, rows: npt.NDArray[np.int64], corner: npt.NDArray[np.float64] | None) -> npt.NDArray[np.uint8]:
-        slack = self._shapes[rows] - self.size
-        corners = slack // 2 if corner is None else np.floor(corner * (slack + 1)).astype(np.int64)
+    def corners(self, rows: npt.NDArray[np.int64], view: View) -> npt.NDArray[np.int64]:
+        """(B, 2): top and left of what a view shows of each picture."""
+        slack = self.shapes[rows] - self.size
+        return slack // 2 if view.corner is None else np.floor(view.corner * (slack + 1)).astype(np.int64)
+
+    def _cut(self, rows: npt.NDArray[np.int64], view: View) -> npt.NDArray[np.uint8]:
+        corners = self.corners(rows, view)
         height, width = self.size
         batch = np.empty((len(rows), self.channels, height, width), dtype=np.uint8)
         for position, (row, (top, left)) in enumerate(zip(rows.tolist(), corners.tolist(), strict=True)):
             flat = self._flat[self._starts[row] : self._starts[row + 1]]
-            whole = flat.reshape(self.channels, *self._shapes[row])
+            whole = flat.reshape(self.channels, *self.shapes[row])
             batch[position] = whole[:, top : top + height, left : left + width]
         return batch
 
@@ -90,24 +102,41 @@ def decode_all(source: Source, column: str, config: DataConfig, progress: Progre
     Raises LimnerError: a picture that cannot be read, with its place; pictures of several sizes with no size set.
     """
     recipe = transforms.Recipe(config.size, config.channels, transforms.colour(config.ground), config.crop == "random")
-    settings = {"version": _VERSION, "source": source.fingerprint(), "column": column, "recipe": asdict(recipe)}
+    return stored(source, [column], recipe, progress)
+
+
+class Decoder(Protocol):
+    """Makes an array (C, H, W) of the bytes of a row's pictures, one of each column. Raises PictureError."""
+
+    size: tuple[int, int] | None
+    channels: int
+
+    def __call__(self, *data: bytes) -> transforms.Pixels: ...
+
+
+def stored(source: Source, columns: Sequence[str], recipe: Decoder, progress: Progress | None = None) -> Pixels:
+    """What a recipe, a dataclass, makes of each row, from the cache or decoded into it. Raises LimnerError."""
+    settings = {"version": _VERSION, "source": source.fingerprint(), "column": columns[0],
+                "recipe": asdict(recipe)}  # type: ignore[call-overload]  # fmt: skip
+    settings |= {"beside": list(columns[1:]), "as": type(recipe).__name__} if len(columns) > 1 else {}
     key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return Pixels(cache.entry("pixels", key, lambda directory: _build(directory, source, column, recipe, progress)))
+    return Pixels(cache.entry("pixels", key, lambda directory: _build(directory, source, columns, recipe, progress)))
 
 
-def _build(directory: Path, source: Source, column: str, recipe: transforms.Recipe, progress: Progress | None) -> None:
-    def decode(encoded: Encoded) -> transforms.Pixels | transforms.PictureError:
+def _build(directory: Path, source: Source, columns: Sequence[str], recipe: Decoder, progress: Progress | None) -> None:
+    def decode(row: tuple[Encoded, ...]) -> transforms.Pixels | transforms.PictureError:
         try:
-            return recipe(fetch(encoded))
+            return recipe(*(fetch(encoded) for encoded in row))
         except transforms.PictureError as error:
             return error
 
+    rows = zip(*(source.pictures(column) for column in columns), strict=True)
     digest = hashlib.blake2b(digest_size=16)
     shapes: list[tuple[int, ...]] = []
     with open(directory / "pixels.u8", "wb") as file, transforms.quiet():
-        for pixels in in_parallel(decode, source.pictures(column)):
+        for pixels in in_parallel(decode, rows):
             if isinstance(pixels, transforms.PictureError):
-                raise LimnerError(str(Problem(source.picture_place(len(shapes)), str(pixels))))
+                raise LimnerError(str(Problem(source.picture_place(len(shapes), columns[0]), str(pixels))))
             shapes.append(pixels.shape[1:])
             if recipe.size is None and shapes[-1] != shapes[0]:
                 raise LimnerError(_sizes_differ(source, shapes))
@@ -133,7 +162,7 @@ def fetch(encoded: Encoded) -> bytes:
         raise transforms.PictureError(f"cannot be read ({reason(error)})") from None
 
 
-def in_parallel(work: Callable[[Encoded], T], pictures: Iterator[Encoded]) -> Iterator[T]:
+def in_parallel(work: Callable[[S], T], pictures: Iterator[S]) -> Iterator[T]:
     """`work` on each picture, in order, on threads: Pillow decodes and resizes without the interpreter's lock."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[list[T]]] = deque()

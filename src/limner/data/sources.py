@@ -122,8 +122,8 @@ class Source(ABC):
     def place(self, row: int) -> Place:
         """Where what is known of a row stands, for messages."""
 
-    def picture_place(self, row: int) -> Place:
-        """Where a row's picture stands, for messages."""
+    def picture_place(self, row: int, column: str | None = None) -> Place:
+        """Where a row's picture stands, or that of another column, for messages."""
         return self.place(row)
 
     @abstractmethod

@@ -1,0 +1,153 @@
+"""What a model is told of a picture: a section for each modality."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from limner.config.base import Fraction, Section
+
+
+class LabelCondition(Section):
+    """One of K classes, as a vector into AdaGN (or as one token for cross-attention, LDM's ClassEmbedder)."""
+
+    key: ClassVar[str] = "label"
+    kind: Literal["label"] = "label"
+    dropout: Fraction = Field(default=0.1, description="how often training sees the null condition instead")
+    enters: Literal["vector", "token"] = "vector"
+    width: PositiveInt | None = Field(default=None, description="token: its width")
+    null: bool = Field(default=True, description="a learned row for the absent label; False: absent adds nothing")
+
+
+class BPEText(Section):
+    """A transformer trained from nothing, with the diffusion model, on byte-level BPE of the captions."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocabulary: PositiveInt = 2048
+    width: PositiveInt = 128
+    depth: PositiveInt = 2
+    head_dim: PositiveInt = 64
+    heads: PositiveInt | None = Field(default=None, description="default: width / head_dim")
+    length: PositiveInt = Field(
+        default=32, description="tokens a caption, with its start and end marks; longer ones are cut"
+    )
+    masked: bool = Field(default=True, description="False: padding is attended to, as in CompVis' model")
+    causal: bool = Field(default=False, description="a token sees none after it, as in CLIP")
+    bias: bool = Field(default=False, description="of Q, K and V, as in CLIP")
+    hidden: PositiveInt | None = Field(default=None, description="feed-forward width; default: 4 x width")
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    frozen: bool = Field(default=False, description="kept as it was imported when the diffusion model learns")
+
+
+class PretrainedText(Section):
+    """A frozen encoder of transformers: a local folder, a hub name, or `minilm` (from its wheel)."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    name: str = "minilm"
+    length: PositiveInt = 64
+
+
+class TextCondition(Section):
+    """Captions: tokens for cross-attention, and a pooled vector into AdaGN."""
+
+    key: ClassVar[str] = "text"
+    kind: Literal["text"] = "text"
+    dropout: Fraction = 0.1
+    encoder: Annotated[BPEText | PretrainedText, Field(discriminator="kind")] = BPEText()
+    pooled: bool = Field(default=True, description="a pooled vector into AdaGN besides the tokens")
+    null: Literal["learned", "empty"] = Field(
+        default="learned", description="empty: an absent caption is the empty one"
+    )
+
+
+class ImageCondition(Section):
+    """A small picture, enlarged to the picture's size and concatenated to x_t: super-resolution.
+
+    In training the small twin is made from the picture itself, by bicubic reduction with antialiasing.
+    """
+
+    key: ClassVar[str] = "small"
+    kind: Literal["image"] = "image"
+    dropout: Fraction = 0.1
+    size: tuple[PositiveInt, PositiveInt] = Field((16, 16), description="height, width of the small picture")
+    null: bool = Field(True, description="an absent picture is grey; False: every picture must be given")
+    noise: Fraction = Field(
+        default=0.0, description="the most noise added to the small picture in training; its level is told"
+    )
+    blur: float = Field(default=0.0, ge=0, description="the most blur before reduction, in pixels of the large picture")
+    jpeg: int | None = Field(
+        default=None, ge=1, le=95, description="the lowest JPEG quality of the twin; none: no JPEG"
+    )
+
+
+class SemanticMapCondition(Section):
+    """A class for each pixel, one-hot, brought to the size of x_t by a learned strided convolution, concatenated."""
+
+    key: ClassVar[str] = "semantic_map"
+    kind: Literal["semantic_map"] = "semantic_map"
+    dropout: Fraction = 0.1
+    classes: tuple[str, ...] | None = Field(
+        default=None, description="their names, in order; default: the data's classes.txt, or numbers"
+    )
+    void: int | None = Field(
+        default=None, ge=0, description="the class that says nothing; default: one that is called void or unlabelled"
+    )
+    width: PositiveInt = Field(default=16, description="channels that the classes become")
+
+
+class MaskCondition(Section):
+    """A picture with a hole, and where the hole is, concatenated to x_t: inpainting and outpainting.
+
+    In training the masks are made at random, unless the data have a column of them.
+    """
+
+    key: ClassVar[str] = "mask"
+    kind: Literal["mask"] = "mask"
+    dropout: Fraction = 0.1
+    shapes: tuple[Literal["brush", "box", "outside"], ...] = Field(
+        default=("brush", "box", "outside"), min_length=1, description="of masks made in training, in equal parts"
+    )
+
+
+class BoxesCondition(Section):
+    """A layout: (class, x, y, w, h) of each thing as a token, through a transformer, into cross-attention."""
+
+    key: ClassVar[str] = "boxes"
+    kind: Literal["boxes"] = "boxes"
+    dropout: Fraction = 0.1
+    classes: tuple[str, ...] | None = Field(default=None, description="their names, in order; default: the data's")
+    most: PositiveInt = Field(default=24, description="boxes a picture; of more, the largest are taken")
+    width: PositiveInt = 128
+    depth: PositiveInt = 2
+    head_dim: PositiveInt = 64
+    pooled: bool = Field(default=True, description="a pooled vector into AdaGN besides the tokens")
+    smallest: Fraction = Field(
+        default=0.002, description="boxes made of semantic maps: the least area, as a share of the picture"
+    )
+
+
+class VariationCondition(Section):
+    """Another picture, as a frozen feature network sees it: tokens for cross-attention and a vector into AdaGN.
+
+    In training it is the picture itself.
+    """
+
+    key: ClassVar[str] = "variation"
+    kind: Literal["variation"] = "variation"
+    dropout: Fraction = 0.1
+    side: PositiveInt = Field(default=64, multiple_of=32, description="of the square that the network sees, in pixels")
+    grid: PositiveInt = Field(default=2, description="tokens along a side: the more, the closer to the picture")
+    width: PositiveInt = Field(default=128, description="of the tokens")
+
+
+ConditionConfig = Annotated[
+    LabelCondition
+    | TextCondition
+    | ImageCondition
+    | SemanticMapCondition
+    | MaskCondition
+    | BoxesCondition
+    | VariationCondition,
+    Field(discriminator="kind"),
+]
