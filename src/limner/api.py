@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from limner.guide import NoisyClassifier
 from limner.hardware import autocast
 from limner.interop.imported import Imported
 from limner.settings import Settings
+
+if TYPE_CHECKING:
+    from limner import stages
 
 Task = Literal["diffusion", "classifier", "autoencoder"]
 Progress = Callable[[int, int], None]
@@ -54,9 +57,14 @@ def load(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = Non
     return _ready(found, digest_of(path) if path.is_file() else "")
 
 
+def read_recipe(run: str | Path) -> RunConfig:
+    """The recipe of a run. Raises LimnerError for a missing or damaged file."""
+    return config.load(Path(run) / "config.yaml")
+
+
 def read_run(run: Path) -> Imported:
     """The recipe and weights of a run. Raises LimnerError for a missing or damaged file."""
-    recipe_of_run = config.load(run / "config.yaml")
+    recipe_of_run = read_recipe(run)
     weights = run / "model.safetensors"
     if not weights.is_file():
         raise LimnerError(f"{run}: holds no model yet (model.safetensors); train it, or go on with --resume")
@@ -127,10 +135,12 @@ def train(
     budget: str | float | None = None,
     images: str | int | None = None,
     for_run: str | Path | None = None,
+    autoencoder: str | Path | None = None,
     settings: Sequence[str] = (),
     seed: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    encoding: Progress | None = None,
     console: Any = None,
     **overrides: Any,
 ) -> Any:
@@ -138,38 +148,42 @@ def train(
 
     data: whatever `datasets` reads, or the name of a preset that brings its own; `resume` may leave it out.
     preset: a name of `build.preset_names()`, or a recipe file. budget: "20m"; images: "2M". for_run: the diffusion run
-    that a classifier is to guide. settings: `"training.batch=32"`, or as keywords, `training={"batch": 32}`.
+    that a classifier is to guide. autoencoder: a run or checkpoint in whose latents to train. settings:
+    `"training.batch=32"`, or as keywords, `training={"batch": 32}`. progress, encoding: told (done, rows) while
+    pictures are read, and while they are encoded.
     Returns a `TrainResult`. Raises LimnerError for wrong input before anything is written.
     """
-    from limner.training.autoencoder import AutoencoderTask
-    from limner.training.loop import train as run_loop
-    from limner.training.tasks import ClassifierTask, DiffusionTask
+    from limner import stages
 
     started_at = time.monotonic()
     out = Path(out)
-    wanted = _recipe(data, out, preset, task, budget, images, for_run, settings, seed, resume, overrides)
+    if autoencoder is None and for_run is not None and read_recipe(for_run).space.kind == "latent":
+        autoencoder = for_run
+    given = None if autoencoder is None else _first_stage(autoencoder)
+    wanted = _recipe(data, out, preset, task, budget, images, for_run, given, settings, seed, resume, overrides)
     if wanted.training.images is None and wanted.training.budget_s is None:
         raise LimnerError("training has no end: give a budget, such as 20m, or a number of images, such as 2M")
-    if wanted.space.kind != "pixels":
-        raise LimnerError("space.kind latent: this version draws with latent models but trains in pixels alone")
     pictures = prepare(wanted.data, recipe.wants(wanted), progress)
     complete = recipe.complete(wanted, pictures, str(wanted.data.source))
-    torch.manual_seed(complete.training.seed)
-    model = build.model(complete)
-    if model.conditioner is not None and pictures.texts is not None:
-        model.conditioner.learn({"text": [pictures.texts[row] for row in pictures.train]})
-    if complete.task == "classifier":
-        made: Any = ClassifierTask(model, complete)
-    elif complete.task == "autoencoder":
-        made = AutoencoderTask(model, complete, pictures)
-    else:
-        made = DiffusionTask(model, complete, pictures)
-    return run_loop(made, pictures, complete, out, resume=resume, started_at=started_at, console=console)
+    return stages.train(complete, pictures, out, given=given, resume=resume, started_at=started_at, progress=encoding,
+                        console=console)  # fmt: skip
+
+
+def _first_stage(path: str | Path) -> stages.Given:
+    """The autoencoder of a run or of another project's checkpoint."""
+    from limner import stages
+
+    loaded = load(path)
+    section = loaded.config.space.autoencoder if loaded.config.space.kind == "latent" else loaded.config.model
+    if loaded.model.autoencoder is None or not isinstance(section, config.AutoencoderConfig):
+        raise LimnerError(f"{path}: holds no autoencoder; name a run of --task autoencoder, or of a latent model")
+    weights = {name: tensor.cpu() for name, tensor in loaded.model.autoencoder.state_dict().items()}
+    return stages.Given(section, weights, loaded.config.data.channels, str(path))
 
 
 def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task | None, budget: str | float | None,
-            images: str | int | None, for_run: str | Path | None, settings: Sequence[str], seed: int | None,
-            resume: bool, overrides: Mapping[str, Any]) -> RunConfig:  # fmt: skip
+            images: str | int | None, for_run: str | Path | None, given: stages.Given | None, settings: Sequence[str],
+            seed: int | None, resume: bool, overrides: Mapping[str, Any]) -> RunConfig:  # fmt: skip
     source = None if data is None else str(data)
     if source in build.preset_names() and not Path(source or "").exists():
         preset, source = preset or source, None
@@ -188,9 +202,11 @@ def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task |
     if raw.get("task") == "classifier" and preset != str(stored):
         if for_run is None:
             raise LimnerError("task classifier: say which diffusion run it is to guide, with --for RUN")
-        raw = recipe.for_classifier(raw, config.load(Path(for_run) / "config.yaml"), Path(for_run))
+        raw = recipe.for_classifier(raw, read_recipe(for_run), Path(for_run))
     elif for_run is not None and raw.get("task") != "classifier":
         raise LimnerError("--for: goes with --task classifier")
+    if given is not None:
+        raw = recipe.for_autoencoder(raw, given.section, given.where)
     if not raw.get("data", {}).get("source"):
         raise LimnerError("no data: name a folder, a Parquet file, a WebDataset tar or a hub's data set")
     if preset == "default":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limner import build, config
-from limner.config import DataConfig, RunConfig
+from limner.config import AutoencoderConfig, DataConfig, RunConfig
 from limner.data.catalog import open_source
 from limner.data.dataset import Dataset
 from limner.data.roles import image_role, label_role
@@ -73,7 +73,11 @@ def automatic(raw: dict[str, Any]) -> dict[str, Any]:
     if label_role(source, section) is None:
         raw = {**raw, "conditions": [], "sampling": {**raw.get("sampling", {}), "guidance": 1.0}}
     size = section.size or (2 * (64 if min(_first_size(source, section)) >= 64 else 32,))
+    space = raw.get("space", {})
     patch = max(1, min(size) // GRID)
+    if space.get("kind") == "latent":
+        first = space["autoencoder"]
+        patch = max(1, patch // (first.get("patch", 1) * 2 ** (len(first["levels"]) - 1)))
     return {**raw, "data": {**raw["data"], "size": list(size)}, "model": {"patch": patch, **raw["model"]}}
 
 
@@ -99,6 +103,14 @@ def for_classifier(raw: dict[str, Any], run: RunConfig, where: Path) -> dict[str
     model = {"patch": stored["model"].get("patch", 1), **raw.get("model", {})}
     return {**raw, "task": "classifier", "model": model, "data": data, "process": process, "space": stored["space"],
             "classes": classes, "conditions": [], "provenance": {"for": str(where)}}  # fmt: skip
+
+
+def for_autoencoder(raw: dict[str, Any], section: AutoencoderConfig, where: str) -> dict[str, Any]:
+    """The recipe of a model in the latents of a given autoencoder."""
+    if raw.get("task", "diffusion") == "autoencoder":
+        raise LimnerError("--autoencoder: goes with diffusion; to train one on, use --resume")
+    space = {**raw.get("space", {}), "kind": "latent", "autoencoder": section.model_dump(mode="json"), "source": where}
+    return {**raw, "space": space}
 
 
 def wants(recipe: RunConfig) -> set[str]:

@@ -41,16 +41,21 @@ def _plain(value: Any) -> Any:
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr with the time that remains; gives `tell(done, total)`. Silent where stderr is no terminal.
 
-    It goes away when `done` reaches `total`, so that what comes next may draw a bar of its own.
+    It comes with the first `tell` and goes away when `done` reaches `total`, so that others may draw bars of their own
+    before it and after.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
-        bar = bars.add_task(title, total=None)
+    bars = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    bar = bars.add_task(title, total=None)
 
-        def tell(done: int, total: int) -> None:
-            bars.update(bar, completed=done, total=total)
-            if done >= total:
-                bars.stop()
+    def tell(done: int, total: int) -> None:
+        bars.start()
+        bars.update(bar, completed=done, total=total)
+        if done >= total:
+            bars.stop()
 
+    try:
         yield tell
+    finally:
+        bars.stop()

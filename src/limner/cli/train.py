@@ -36,6 +36,10 @@ def train(
     for_run: Annotated[
         str | None, typer.Option("--for", metavar="RUN", help="The diffusion run that a classifier is to guide.")
     ] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Train in the latents of this autoencoder: a run, or a foreign checkpoint."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: training.batch=32.")
     ] = None,
@@ -52,10 +56,13 @@ def train(
       limner train examples/emoji --preset emoji --out runs/emoji --budget 20m
       limner train photos/ --out runs/wide --images 2M --set training.batch=32
       limner train --task classifier --for runs/uncond --out runs/guide
+      limner train photos/ --preset emoji-text --out runs/text --budget 60m
+      limner train photos/ --task autoencoder --out runs/ae --budget 20m
+      limner train photos/ --autoencoder runs/ae --out runs/latent --budget 40m
     """
     from limner import api
 
-    with progress("reading pictures") as tell:
+    with progress("reading pictures") as tell, progress("encoding pictures") as tell_encoding:
         result = api.train(
             data,
             out=out,
@@ -64,10 +71,12 @@ def train(
             budget=budget,
             images=images,
             for_run=for_run,
+            autoencoder=autoencoder,
             settings=settings or [],
             seed=seed,
             resume=resume,
             progress=tell,
+            encoding=tell_encoding,
         )
     facts = {
         "run": str(result.run),

@@ -283,6 +283,15 @@ def _damage(path: Path) -> str | None:
 # --- putting a checkpoint back --------------------------------------------------------------------------------------
 
 
+def read_model(run: Path) -> dict[str, Tensor]:
+    """The weights that a run has published. Raises LimnerError for a missing or damaged file."""
+    file = run / "model.safetensors"
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise LimnerError(f"{file}: is missing or damaged ({' '.join(str(error).split())})") from None
+
+
 def load_weights(module: nn.Module, tensors: Tensors, where: str,
                  advice: str = "resume with the run's own recipe") -> None:  # fmt: skip
     """Put weights into a module. Raises LimnerError, ending in `advice`, that names the first which is missing, unknown
@@ -303,7 +312,8 @@ def load_weights(module: nn.Module, tensors: Tensors, where: str,
 
 
 _FREE_TO_CHANGE = ("provenance", "sampling", "training", "label_smoothing", "data.source", "data.split",
-                   "process.weighting", "process.vlb_weight", "space.share", "space.source")  # fmt: skip
+                   "process.weighting", "process.vlb_weight", "space.share", "space.source",
+                   "space.training")  # fmt: skip
 _FIXED_ALL_THE_SAME = ("training.optimizer", "training.ema")
 
 

@@ -61,6 +61,7 @@ def train(
     *,
     resume: bool = False,
     started_at: float | None = None,
+    spent_s: float = 0.0,
     console: Console | None = None,
 ) -> TrainResult:
     """Train until the budget in images or seconds is spent, and leave a run in `out`.
@@ -69,17 +70,20 @@ def train(
     whole step, whatever the number of processes, and the result is the same up to the order of sums.
 
     resume: go on from the newest whole checkpoint, or start where there is none yet. started_at: `time.monotonic()`
-    when the budget began to run, for a caller that has read the data before; default: now.
+    when the budget began to run, for a caller that has read the data before; default: now. spent_s: of the budget, by
+    stages before this one; a checkpoint that is taken up knows better.
     Raises LimnerError: no budget, `out` holds a run (without `resume`) or another recipe's run (with), the disk is
     full, too many bad steps in a row.
     """
     out, settings = Path(out), config.training
-    _claim(out, resume)
+    claim(out, resume)
     accelerator = _accelerator(config, out)
     batches = Batches(
         data, settings.seed, settings.batch, settings.accumulate, accelerator.process_index, accelerator.num_processes
     )
-    clock = Clock(0, settings.images, settings.budget_s, 0.0, time.monotonic() if started_at is None else started_at)
+    clock = Clock(
+        0, settings.images, settings.budget_s, spent_s, time.monotonic() if started_at is None else started_at
+    )
     with StopRequest() as stop, Display(config.task, console, silent=not accelerator.is_main_process) as display:
         training = Training(task, data, config, out, clock, accelerator, display)
         training.open(resume)
@@ -403,7 +407,7 @@ def _accelerator(config: RunConfig, out: Path) -> Accelerator:
     return accelerator
 
 
-def _claim(out: Path, resume: bool) -> None:
+def claim(out: Path, resume: bool) -> None:
     """Refuse a directory that holds a run already, unless it is to be resumed."""
     if out.exists() and not out.is_dir():
         raise LimnerError(f"{out}: is a file; --out should be a directory")
