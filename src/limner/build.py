@@ -26,6 +26,7 @@ SCHEDULES = {
     "linear": schedules.LinearSchedule,
     "scaled_linear": schedules.ScaledLinearSchedule,
     "discrete_cosine": schedules.DiscreteCosineSchedule,
+    "table": schedules.TableSchedule,
     "cosine": schedules.CosineSchedule,
     "rectified_flow": schedules.RectifiedFlowSchedule,
 }
@@ -138,10 +139,10 @@ def text_conditioner(section: c.TextCondition, emb_channels: int) -> TextConditi
         parts: tuple[nn.Module, nn.Module] = (PretrainedTokenizer(encoder.name, encoder.length),
                                               PretrainedEncoder(encoder.name, encoder.length))  # fmt: skip
     else:
+        options = encoder.model_dump(exclude={"kind", "heads", "frozen"})
         heads = encoder.heads or max(1, encoder.width // encoder.head_dim)
         parts = (Vocabulary(encoder.vocabulary, encoder.length),
-                 TextTransformer(encoder.vocabulary, encoder.width, encoder.depth, encoder.length, heads=heads,
-                                 head_dim=encoder.head_dim, masked=encoder.masked))  # fmt: skip
+                 TextTransformer(heads=heads, **options).requires_grad_(not encoder.frozen))  # fmt: skip
     return TextConditioner(*parts, emb_channels if section.pooled else None, null=section.null)
 
 

@@ -90,7 +90,7 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
 
 
 _UNION_TAGS = frozenset(
-    "linear scaled_linear discrete_cosine cosine rectified_flow unet classifier autoencoder kl vq "
+    "linear scaled_linear discrete_cosine table cosine rectified_flow unet classifier autoencoder kl vq "
     "label text image bpe pretrained pixels latent".split()
 )
 

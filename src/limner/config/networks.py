@@ -31,6 +31,9 @@ class UNetConfig(Section):
         default="block", description="block: BigGAN's residual resampling"
     )
     middle: Literal["attention", "transformer", "none"] = "attention"
+    middle_depth: PositiveInt | None = Field(
+        default=None, description="of the transformer in the middle; default: the last level's, at least 1"
+    )
     head_dim: PositiveInt | None = Field(default=64, description="channels a head; or give `heads`")
     heads: PositiveInt | None = Field(default=None, description="a fixed number of heads instead of head_dim")
     time_channels: PositiveInt | None = Field(

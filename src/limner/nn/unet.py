@@ -97,11 +97,11 @@ class Blocks:
                 skips.append(level.channels)
         return stages, skips
 
-    def middle(self, level: Level, kind: Literal["attention", "transformer", "none"]) -> Stage:
+    def middle(self, level: Level, kind: Literal["attention", "transformer", "none"], depth: int | None = None) -> Stage:
         channels = level.channels
         between: list[nn.Module] = []
         if kind == "transformer":
-            between = [self.transformer(channels, max(1, level.cross_attention))]
+            between = [self.transformer(channels, depth or max(1, level.cross_attention))]
         elif kind == "attention":
             between = [self.self_attention(channels)]
         return Stage([self.residual(channels, channels), *between, self.residual(channels, channels)])
@@ -147,6 +147,7 @@ class UNet(nn.Module):
         modulation: Modulation = "scale_shift",
         resample: Literal["block", "conv", "pool"] = "block",
         middle: Literal["attention", "transformer", "none"] = "attention",
+        middle_depth: int | None = None,
         head_dim: int | None = 64,
         heads: int | None = None,
         time_channels: int | None = None,
@@ -172,7 +173,7 @@ class UNet(nn.Module):
         self.time = TimeEmbedding(time_channels, self.emb_channels, time_order, time_scale, time_period)
         self.stem = nn.Conv2d(in_channels * patch**2, levels[0].channels, 3, padding=1)
         self.down, skips = blocks.encoder(levels)
-        self.middle = blocks.middle(levels[-1], middle)
+        self.middle = blocks.middle(levels[-1], middle, middle_depth)
         self.up = blocks.decoder(levels, skips)
         self.norm = GroupNorm(levels[0].channels, norm_groups, norm_eps)
         self.out = zeroed(nn.Conv2d(levels[0].channels, out_channels * patch**2, 3, padding=1))
