@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from limner.api import convert as convert
     from limner.api import evaluate as evaluate
     from limner.api import load as load
+    from limner.api import reconstruct as reconstruct
     from limner.api import train as train
     from limner.generator import Generator as Generator
     from limner.guide import NoisyClassifier as NoisyClassifier
@@ -25,6 +26,7 @@ _HOMES = {
     "convert": "api",
     "evaluate": "api",
     "load": "api",
+    "reconstruct": "api",
     "train": "api",
     "Generator": "generator",
     "NoisyClassifier": "guide",
@@ -40,4 +42,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'limner' has no attribute '{name}'")
 
 
-__all__ = ["Generator", "LimnerError", "NoisyClassifier", "__version__", "convert", "evaluate", "load", "train"]
+__all__ = [
+    "Generator",
+    "LimnerError",
+    "NoisyClassifier",
+    "__version__",
+    "convert",
+    "evaluate",
+    "load",
+    "reconstruct",
+    "train",
+]

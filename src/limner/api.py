@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from limner import __version__, build, config, recipe
 from limner.config import RunConfig
-from limner.core import guidance, losses
-from limner.core.noise import step_noise
 from limner.data.dataset import prepare
 from limner.errors import LimnerError, suggest
-from limner.generator import Generator, to_uint8
+from limner.generator import Generator
 from limner.guide import NoisyClassifier
-from limner.hardware import autocast
 from limner.interop.imported import Imported
-from limner.settings import Settings
 
 if TYPE_CHECKING:
     from limner import stages
 
 Task = Literal["diffusion", "classifier", "autoencoder"]
 Progress = Callable[[int, int], None]
-SETTINGS = frozenset(field.name for field in fields(Settings))
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -39,7 +31,7 @@ SETTINGS = frozenset(field.name for field in fields(Settings))
 
 def load(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = None,
          config: str | Path | None = None) -> Generator | NoisyClassifier:  # fmt: skip
-    """A run, or a checkpoint of another project, ready to draw or to guide.
+    """A run, or a checkpoint or folder of another project, ready to draw or to guide.
 
     flags: of a guided-diffusion `.pt`: a dict, a JSON file, or the command line that it was trained with.
     config: the YAML of a CompVis `.ckpt`. Raises LimnerError saying what is wrong with the file, or what it needs.
@@ -47,8 +39,6 @@ def load(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = Non
     path = Path(path)
     if path.is_dir() and (path / "config.yaml").is_file():
         return _ready(read_run(path), digest_of(path / "model.safetensors"))
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise LimnerError(f"{path}: is no run, it has no config.yaml")
     if not path.exists():
         raise LimnerError(f"{path}: there is no such file or directory")
     from limner import interop
@@ -219,68 +209,49 @@ def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task |
 
 
 def evaluate(samples: Any, reference: Any = None, *, features: str = "efficientnet-lite0", num: int | None = None,
-             progress: Callable[[str, int], None] | None = None, **drawing: Any) -> Any:  # fmt: skip
+             trained_on: Any = None, progress: Callable[[str, int], None] | None = None,
+             **drawing: Any) -> Any:  # fmt: skip
     """Compare samples with real pictures: distances, scores, precision and recall, class accuracy, with intervals.
 
     samples: a `Generator` (or the path of its run), which draws `num` pictures, 1,000 unless told, by the options of
     `Generator.stream`, and keeps none; or an `.npz`, a folder, a `.tar`, an array. reference: a data set or its path;
-    for a generator, by default the data that it was trained on. features: see `evaluation/features.py`.
+    for a generator, by default the data that it was trained on. features: see `evaluation/features.py`. trained_on:
+    what drew the samples learned from this data, where that isn't the reference (captions; a generator knows).
     Returns a `Report`. Raises LimnerError for whatever cannot be compared.
     """
+    from limner.evaluation import runs
     from limner.evaluation.evaluate import evaluate as compare
 
     if isinstance(samples, str | Path) and (Path(samples) / "config.yaml").is_file():
         samples = load(samples)
-    if not isinstance(samples, Generator):
-        if reference is None:
-            raise LimnerError("reference: name the real pictures to compare with")
-        if drawing:
-            raise LimnerError(f"{next(iter(drawing))}: these samples are drawn already; it goes with a run")
-        return compare(samples, reference, features=features, num=num, progress=progress)
+    if isinstance(samples, Generator):
+        return runs.evaluate(samples, reference, features=features, num=num, progress=progress, **drawing)
     if reference is None:
-        reference = samples.config.data
-    elif isinstance(reference, str | Path):
-        reference = samples.config.data.model_copy(update={"source": str(reference), "split": None})
-    asked = {name: value for name, value in drawing.items() if name in SETTINGS}
-    how = {**asdict(samples.settings(**asked)), "seed": drawing.get("seed", 0), "run": samples.digest}
-    batches = _drawn(samples, num or 1000, drawing)
-    return compare(batches, reference, features=features, num=num, settings=how, progress=progress)
+        raise LimnerError("reference: name the real pictures to compare with")
+    if drawing:
+        raise LimnerError(f"{next(iter(drawing))}: these samples are drawn already; it goes with a run")
+    return compare(samples, reference, features=features, num=num, trained_on=trained_on, progress=progress)
 
 
 def bits_per_dim(run: str | Path, *, num: int = 64, seed: int = 0, batch: int = 64) -> dict[str, Any]:
-    """The variational bound (Ho et al. 2020, eq. 5) on `num` held-out pictures of a run's data, in bits per dimension.
+    """The variational bound on `num` held-out pictures of a run, in bits per dimension: `evaluation/runs.py`."""
+    from limner.evaluation import runs
 
-    Over all steps of the schedule, 1,000 where it is continuous. Raises LimnerError for a latent model: the bound of
-    its latents says nothing of the pictures.
+    return runs.bits_per_dim(_drawing(load(run), run), num=num, seed=seed, batch=batch)
+
+
+def reconstruct(run: Generator | str | Path, images: Any = None, **options: Any) -> Any:
+    """Encode pictures and decode them again: PSNR, SSIM, perceptual distance, rFD, images a second.
+
+    run: an autoencoder, or a diffusion model of latents. images and options: those of
+    `evaluation/reconstruction.py: reconstruct`. Returns a `Report`. Raises LimnerError for what has no autoencoder.
     """
-    generator = load(run)
-    if not isinstance(generator, Generator) or generator.config.space.kind != "pixels":
-        raise LimnerError(f"{run}: bits per dim need a diffusion model of pixels")
-    data = prepare(generator.config.data, recipe.wants(generator.config))
-    rows = np.concatenate([data.held_out, data.train])[:num]
-    path = generator.schedule.path(generator.schedule.steps or 1000, "trailing")
-    plain = guidance.clipped(build.denoiser(generator.model, generator.config))
-    found: dict[str, list[Tensor]] = {"bits_per_dim": [], "prior": []}
-    for start in range(0, len(rows), batch):
-        chosen = rows[start : start + batch]
-        content = data.batch(chosen)
-        x0 = content.pop("image").to(generator.device)
-        with torch.no_grad(), autocast(generator.config.training.precision, generator.device):
-            tau = generator.model.embed({k: v for k, v in content.items() if k in generator.modalities}, len(x0))
-            noise = step_noise(seed, range(start, start + len(x0)), generator.shape, device=generator.device)
-            bound = losses.bits_per_dim(plain, x0, path, noise, cond=tau)
-        found["bits_per_dim"].append(bound.total)
-        found["prior"].append(bound.prior)
-    return {"n": len(rows), **{name: float(torch.cat(values).mean()) for name, values in found.items()}}
+    from limner.evaluation.reconstruction import reconstruct as compare
+
+    return compare(_drawing(run if isinstance(run, Generator) else load(run), run), images, **options)
 
 
-def _drawn(generator: Generator, num: int, drawing: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Batches of pictures and conditions, as evaluation reads them."""
-    for drawn in generator.stream(num=num, **drawing):
-        facts = {
-            name: [fact[name] for fact in drawn.facts]
-            for name in ("label", "label_name", "text")
-            if name in drawn.facts[0]
-        }
-        facts |= {"label": np.array(facts["label"])} if "label" in facts else {}
-        yield to_uint8(generator.decode(drawn.latent)), facts
+def _drawing(loaded: Generator | NoisyClassifier, where: Any) -> Generator:
+    if not isinstance(loaded, Generator):
+        raise LimnerError(f"{where}: holds a classifier; name a run of --task diffusion or autoencoder")
+    return loaded

@@ -22,6 +22,10 @@ def evaluate(
     features: Annotated[
         str, typer.Option(metavar="NAME", help="efficientnet-lite0, inception, dinov2[:FOLDER], clip[:FOLDER].")
     ] = "efficientnet-lite0",
+    trained_on: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="What samples with captions learned from, where it isn't the reference."),
+    ] = None,
     guidance: Annotated[
         str | None, typer.Option(metavar="S[,S...]", help="Classifier-free scales of a run; several make a table.")
     ] = None,
@@ -61,10 +65,8 @@ def evaluate(
     drawing = {name: value for name, value in drawing.items() if value is not None}
     if (Path(samples) / "config.yaml").is_file():
         drawing |= {"seed": seed, "batch": batch}
-    reports = {
-        scale: api.evaluate(samples, reference, features=features, num=num, **drawing, **_guided(scale))
-        for scale in scales
-    }
+    how: dict[str, Any] = {"features": features, "num": num, "trained_on": trained_on, **drawing}
+    reports = {scale: api.evaluate(samples, reference, **how, **_guided(scale)) for scale in scales}
     only = reports[scales[0]] if len(scales) == 1 else None
     if csv is not None:
         _ = sweep_csv(reports, csv) if only is None else only.to_csv(csv)  # type: ignore[arg-type]

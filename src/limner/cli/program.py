@@ -17,6 +17,7 @@ from limner.cli.check import check
 from limner.cli.console import DONE, OUR_FAULT, STOPPED, WRONG_INPUT
 from limner.cli.convert import convert
 from limner.cli.evaluate import evaluate
+from limner.cli.reconstruct import reconstruct
 from limner.cli.sample import sample
 from limner.cli.train import train
 from limner.errors import LimnerError
@@ -51,7 +52,7 @@ def _limner(
         context.get_help()
 
 
-for _command in (train, sample, evaluate, check, convert):
+for _command in (train, sample, reconstruct, evaluate, check, convert):
     app.command()(_command)
 
 

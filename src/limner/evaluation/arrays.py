@@ -105,7 +105,7 @@ def _streamed(path: Path, name: str, conditions: Mapping[str, npt.NDArray[Any]])
             count = min(READ, shape[0] - start)
             data = _safe_read(path, member, count * size)
             rows = slice(start, start + count)
-            batch = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+            batch = np.frombuffer(bytearray(data), np.uint8).reshape(count, *shape[1:])
             yield as_uint8(batch, f"{path}: {name}"), {of: values[rows] for of, values in conditions.items()}
 
 
