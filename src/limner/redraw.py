@@ -1,0 +1,92 @@
+"""From a drawing to the facts that its PNG carries, and from these back to the drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import UnidentifiedImageError
+
+from limner.errors import LimnerError
+from limner.generator import Generator
+from limner.outputs import read_recipe
+from limner.settings import Settings
+
+CONDITIONS = ("label", "text", "negative_text")
+"""Facts of a picture that are options of `Generator.stream`, one value a picture."""
+
+
+def facts_of(generator: Generator, run: str, settings: Settings, seed: int,
+             classifier_digest: str | None = None) -> dict[str, Any]:  # fmt: skip
+    """What is needed to draw the same again; it goes into every PNG, beside each picture's own facts."""
+    facts = {"run": run, "digest": generator.digest, "seed": seed, **asdict(settings)}
+    facts["classifier_digest"] = classifier_digest
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A drawing as its PNG tells it: `generator.stream(**options)` draws it again.
+
+    run, digest: of the model. conditions: one value for each of the `num` pictures, from number `first` on. settings:
+    by name. classifier_digest: of the classifier that steered it, else None.
+    """
+
+    run: str
+    digest: str
+    seed: int
+    first: int
+    num: int
+    conditions: Mapping[str, list[Any]]
+    settings: Mapping[str, Any]
+    classifier_digest: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of `Generator.stream`, the classifier aside."""
+        return {"num": self.num, "seed": self.seed, "first": self.first, **self.conditions, **self.settings}
+
+    def check(self, generator: Generator, run: str) -> None:
+        """Raises LimnerError unless this model drew it."""
+        if self.digest and generator.digest and self.digest != generator.digest:
+            raise LimnerError(f"{run}: its weights are {generator.digest}, the picture was drawn by {self.digest} "
+                              f"({self.run}); name that run")  # fmt: skip
+
+    @staticmethod
+    def read(picture: str | Path | BinaryIO, name: str | None = None) -> Repeat:
+        """The drawing that a PNG of Limner's, one picture or a grid, tells of. Raises LimnerError for another file."""
+        name = str(picture) if name is None else name
+        try:
+            facts = read_recipe(picture)  # pyright: ignore[reportArgumentType]
+        except (UnidentifiedImageError, OSError, ValueError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise LimnerError(f"{name}: there is no such file" if missing else f"{name}: is no picture") from None
+        if facts is None:
+            raise LimnerError(f"{name}: carries no recipe; only pictures that Limner drew do")
+        return Repeat.of(facts, name)
+
+    @staticmethod
+    def of(facts: Any, name: str = "recipe") -> Repeat:
+        """The same from the facts themselves. Raises LimnerError where they are not whole."""
+        try:
+            pictures = list(facts.get("pictures") or [facts])
+            known = {field.name for field in fields(Settings)}
+            numbers = [int(each["index"]) for each in pictures]
+            if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+                raise ValueError
+            return Repeat(
+                str(facts["run"]),
+                str(facts.get("digest", "")),
+                int(facts["seed"]),
+                numbers[0],
+                len(numbers),
+                {key: [each[key] for each in pictures] for key in CONDITIONS if key in pictures[0]},
+                {key: value for key, value in facts.items() if key in known},
+                facts.get("classifier_digest"),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+            raise LimnerError(
+                f"{name}: its recipe is damaged; it lacks what is needed to draw the picture again"
+            ) from None
