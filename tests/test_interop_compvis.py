@@ -157,7 +157,7 @@ def test_what_is_needed_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("network.out.bias", "a Limner run"), ("down_blocks.0.x", "a diffusers folder"), ("a.b", "such as 'a.b'")],
+    [("network.out.bias", "a Limner run"), ("down_blocks.0.x", "needs config.json beside it"), ("a.b", "such as 'a.b'")],
 )
 def test_other_weights_are_told_apart(tmp_path: Path, name: str, said: str) -> None:
     save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")

@@ -20,7 +20,7 @@ from limner.core.schedule import DiscreteSchedule
 from limner.errors import LimnerError
 from limner.interop import compvis_keys, unet_keys
 from limner.interop.compvis_config import Settings, model_settings, recipe
-from limner.interop.imported import Imported, imported
+from limner.interop.imported import Imported, imported, normalisation
 from limner.interop.keymap import Rule, rule, under
 from limner.interop.safe import Content
 
@@ -83,13 +83,7 @@ def _autoencoder(weights: Mapping[str, Tensor], settings: Settings, where: str) 
 def _latent_scale(config: c.AutoencoderConfig, scale: float) -> dict[str, Tensor]:
     """The peer multiplies latents by one factor; ours are divided by a deviation per channel."""
     channels = config.latent_channels
-    given = {
-        "autoencoder.latent_mean": torch.zeros(channels),
-        "autoencoder.latent_std": torch.full((channels,), 1 / scale),
-    }
-    if isinstance(config.regulariser, c.VQConfig):
-        given["autoencoder.quantizer.idle"] = torch.zeros(config.regulariser.codes, dtype=torch.int64)
-    return given
+    return normalisation(config, torch.zeros(channels), torch.full((channels,), 1 / scale))
 
 
 def _scale_factor(weights: Mapping[str, Tensor], settings: Settings) -> float:

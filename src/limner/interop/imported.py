@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from limner import build
-from limner.config import RunConfig
+from limner.config import AutoencoderConfig, RunConfig, VQConfig
 from limner.interop.keymap import Rule, Weights, convert
 from limner.interop.safe import as_float32, warn_of_nan
 
@@ -31,6 +31,15 @@ def shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of a recipe's model; nothing is allocated."""
     with torch.device("meta"):
         return {name: tuple(x.shape) for name, x in build.model(config).state_dict().items()}
+
+
+def normalisation(config: AutoencoderConfig, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """The weights of an autoencoder that no other project's file has: what brings its latents to zero mean and unit
+    variance, both (c,), and for a codebook the count of idle batches."""
+    given = {"autoencoder.latent_mean": mean.float(), "autoencoder.latent_std": std.float()}
+    if isinstance(config.regulariser, VQConfig):
+        given["autoencoder.quantizer.idle"] = torch.zeros(config.regulariser.codes, dtype=torch.int64)
+    return given
 
 
 def imported(config: RunConfig, weights: Weights, rules: Sequence[Rule], where: str, *, ignore: Sequence[str] = (),

@@ -7,30 +7,40 @@ from pathlib import Path
 from typing import Any
 
 from limner.errors import LimnerError
-from limner.interop import adm, adm_shapes, compvis, safe
+from limner.interop import adm, adm_shapes, compvis, hf, safe
 from limner.interop.imported import Imported
 
 OTHERS = (
     ("network.", "the weights of a Limner run; give the run's directory"),
-    ("down_blocks.", "a U-Net out of a diffusers folder; give the folder that holds model_index.json"),
-    ("encoder.down_blocks.", "an autoencoder out of a diffusers folder; give the folder that holds model_index.json"),
     ("module.", "a model wrapped for several processes; save `model.module.state_dict()` instead"),
 )
 """What weights starting with these names are, where they aren't what can be read."""
+
+
+HF_NAMES = ("down_blocks.", "encoder.down_blocks.")
+"""What weights of diffusers' U-Nets and autoencoders start with."""
 
 
 def read(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = None,
          config: str | Path | None = None) -> Imported:  # fmt: skip
     """Read a checkpoint of another project; nothing in it is ever run.
 
-    path: guided-diffusion's `.pt`, or CompVis' `.ckpt` or safetensors. flags: of guided-diffusion, see
-    `adm_flags.parse`; the published models need none. config: the YAML of CompVis. Raises LimnerError, in one line,
-    for a file that is damaged, hostile, of another kind, or that needs flags or a config.
+    path: guided-diffusion's `.pt`, CompVis' `.ckpt` or safetensors, or a folder of diffusers, or a safetensors file in
+    one. flags: of guided-diffusion, see `adm_flags.parse`; the published models need none. config: the YAML of CompVis.
+    Raises LimnerError, in one line, for a file that is damaged, hostile, of another kind, or that needs flags or a
+    config.
     """
     path = Path(path)
     if path.is_dir():
-        raise LimnerError(f"{path}: a folder; give the checkpoint in it (.pt, .ckpt or .safetensors)")
+        if not hf.is_folder(path):
+            raise LimnerError(f"{path}: neither a run nor a folder of diffusers; give the checkpoint in it (.pt, .ckpt "
+                              "or .safetensors)")  # fmt: skip
+        _needs_neither(path, flags, config)
+        return hf.read(path)
     content = safe.read(path)
+    if any(name.startswith(HF_NAMES) for name in content.weights):
+        _needs_neither(path, flags, config)
+        return hf.read(path)
     if adm_shapes.is_adm(content.weights):
         if config is not None:
             raise LimnerError(f"{path}: a guided-diffusion checkpoint has flags, not a config; give --flags")
@@ -46,3 +56,8 @@ def read(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = Non
     raise LimnerError(
         f"{path}: weights of an unknown kind, such as '{first}'; guided-diffusion's and CompVis' are read"
     )
+
+
+def _needs_neither(path: Path, flags: Any, config: Any) -> None:
+    if flags is not None or config is not None:
+        raise LimnerError(f"{path}: diffusers', which needs neither --flags nor --config")

@@ -1,0 +1,123 @@
+"""Tiny networks of diffusers and transformers with random weights, and their pipelines, for tests of the exchange."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+logging.getLogger("diffusers").setLevel(logging.ERROR)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def random_weights(module: M, spread: float = 0.1) -> M:
+    """Every weight random, no branch zero: a wrong place for any of them shows in the output."""
+    rng = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=rng)
+        parameter.data = spread * noise if parameter.dim() > 1 else 0.5 + 0.2 * noise
+    return module.eval().requires_grad_(False)
+
+
+def unet(**settings: Any) -> diffusers.UNet2DModel:
+    small: dict[str, Any] = {
+        "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": 16,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return random_weights(diffusers.UNet2DModel(**{**small, **settings}))
+
+
+def unet_condition(**settings: Any) -> diffusers.UNet2DConditionModel:
+    small: dict[str, Any] = {
+        "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": 32,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return random_weights(diffusers.UNet2DConditionModel(**{**small, **settings}), 0.05)
+
+
+def levels(count: int, attention: bool = False) -> dict[str, Any]:
+    kind = "Attn" if attention else ""
+    return {
+        "block_out_channels": tuple(32 * (i + 1) for i in range(count)),
+        "down_block_types": tuple(f"{kind}DownEncoderBlock2D" for _ in range(count)),
+        "up_block_types": tuple(f"{kind}UpDecoderBlock2D" for _ in range(count)),
+    }
+
+
+def autoencoder_kl(count: int = 2, *, attention: bool = False, **settings: Any) -> diffusers.AutoencoderKL:
+    return random_weights(
+        diffusers.AutoencoderKL(sample_size=8 * 2 ** (count - 1), **levels(count, attention), **settings)
+    )
+
+
+def vq_model(**settings: Any) -> diffusers.VQModel:
+    return random_weights(diffusers.VQModel(sample_size=16, scaling_factor=1.0, **levels(2), **settings))
+
+
+def clip_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
+    from tokenizers import pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), "ca", "cat</w>", START, END]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def clip_text(vocabulary: int, **settings: Any) -> transformers.CLIPTextModel:
+    small = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2, **settings}
+    config = transformers.CLIPTextConfig(vocab_size=vocabulary, bos_token_id=vocabulary - 2,
+                                         eos_token_id=vocabulary - 1, **small)  # fmt: skip
+    return random_weights(transformers.CLIPTextModel(config))
+
+
+DDIM = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+    "set_alpha_to_one": False, "steps_offset": 1,
+}  # fmt: skip
+"""Stable Diffusion's."""
+
+
+def stable_diffusion(folder: Path, *, text: dict[str, Any] | None = None, prediction: str = "epsilon",
+                     **network: Any) -> diffusers.StableDiffusionPipeline:  # fmt: skip
+    tokenizer = clip_tokenizer(folder)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=autoencoder_kl(), text_encoder=clip_text(len(tokenizer), **(text or {})), tokenizer=tokenizer,
+        unet=unet_condition(**network), scheduler=diffusers.DDIMScheduler(prediction_type=prediction, **DDIM),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def bert_tokenizer(folder: Path) -> transformers.BertTokenizer:
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "##s", ",", *"bcdefghijklmnopqrstuvwxyz"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return transformers.BertTokenizer(str(folder / "vocab.txt"), model_max_length=77)
+
+
+def latent_diffusion(folder: Path) -> diffusers.LDMTextToImagePipeline:
+    """As the published text-to-image model: an autoencoder with f = 8."""
+    tokenizer = bert_tokenizer(folder)
+    config = LDMBertConfig(vocab_size=len(tokenizer), encoder_layers=2, encoder_ffn_dim=40, encoder_attention_heads=2,
+                           head_dim=8, d_model=32, dropout=0.0)  # fmt: skip
+    pipeline = diffusers.LDMTextToImagePipeline(
+        vqvae=autoencoder_kl(4), bert=random_weights(LDMBertModel(config)), tokenizer=tokenizer, unet=unet_condition(),
+        scheduler=diffusers.DDIMScheduler(**DDIM),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
