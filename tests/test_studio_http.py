@@ -255,13 +255,13 @@ def test_addresses_and_tokens(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [is_loopback(host) for host in ("localhost", "127.0.0.1", "::1", "[::1]", "0.0.0.0", "example.com")] == [
         True, True, True, True, False, False]  # fmt: skip
     for host, told, want in (("127.0.0.1", None, None), ("127.0.0.1", "a-long-secret", "a-long-secret")):
-        app, token = server.prepare([run], host=host, token=told)
+        app, token = server.prepare([run], host=host, token=told, page=False)
         app.app.state.engine.close()
         assert token == want
-    app, token = server.prepare([run], host="0.0.0.0")
+    app, token = server.prepare([run], host="0.0.0.0", page=False)
     app.app.state.engine.close()
     assert token is not None
     assert len(token) >= 32
     monkeypatch.setenv("LIMNER_TOKEN", "short")
     with pytest.raises(LimnerError, match="--token: should be 12 or more"):
-        server.prepare([run])
+        server.prepare([run], page=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, overload
 
 import numpy as np
@@ -16,9 +17,6 @@ from limner.generator import Generator, to_uint8
 from limner.guide import NoisyClassifier
 from limner.outputs import Picture
 from limner.studio.jobs import Request
-
-STEP_OPTIONS = ("sampler", "steps", "spacing", "guidance", "interval", "rescale", "clip", "classifier_scale", "eta",
-                "variance")  # fmt: skip
 
 
 class StepNoises(Sequence[Tensor]):
@@ -72,7 +70,7 @@ def draw(generator: Generator, requests: Sequence[Request], guide: NoisyClassifi
 
 def options_of(request: Request, guide: NoisyClassifier | None) -> dict[str, Any]:
     """The settings of a request as keywords of `Generator.stream`, with the classifier where it acts."""
-    settings: dict[str, Any] = {name: getattr(request.settings, name) for name in STEP_OPTIONS}
+    settings: dict[str, Any] = {field.name: getattr(request.settings, field.name) for field in fields(request.settings)}
     if request.classifier:
         settings["classifier"] = guide
     return settings

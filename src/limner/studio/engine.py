@@ -78,7 +78,7 @@ class Engine:
         return made
 
     def draw(self, timeout_s: float | None = None, **asked: Any) -> Job:
-        """Ask for pictures; `asked` as for `request`. Raises LimnerError where it doesn't fit, Busy for a full queue."""
+        """Ask for pictures; `asked` as for `request`. LimnerError where it doesn't fit, Busy for a full queue."""
         return self.submit(self.request(**asked), timeout_s)
 
     def errand(self, model: str | None, work: Callable[[Generator, OnStep], Any],

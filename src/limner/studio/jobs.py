@@ -89,18 +89,22 @@ class Progress:
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. `done` is a `Future` of pictures (of whatever an errand gives)."""
+    """A request on its way. `done` is a `Future` of pictures (of whatever an errand gives).
+
+    deadline, asked_at, began_at: by `time.monotonic()`. took_s: from the asking to the pictures.
+    """
 
     request: Request | Errand
     deadline: float
     done: Future[Any] = field(default_factory=Future)
     asked_at: float = field(default_factory=time.monotonic)
     began_at: float | None = None
+    took_s: float = 0.0
     _progress: Progress | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
-        self.done.add_done_callback(lambda _: self._wake())
+        self.done.add_done_callback(lambda _: self._end())
 
     def cancel(self, why: str = "stopped") -> None:
         """Give it up: what waits is dropped, what is being drawn stops at its next step. Harmless when done."""
@@ -113,6 +117,7 @@ class Job:
 
     def finish(self, value: Any) -> None:
         """End it well, unless it has ended."""
+        self.took_s = time.monotonic() - self.asked_at
         with contextlib.suppress(InvalidStateError):
             self.done.set_result(value)
 
@@ -145,6 +150,6 @@ class Job:
             self._changed.wait_for(lambda: self.done.done() or self._progress is not seen, timeout=1.0)
             return self._progress
 
-    def _wake(self) -> None:
+    def _end(self) -> None:
         with self._changed:
             self._changed.notify_all()

@@ -17,16 +17,16 @@ SHORTEST_TOKEN = 12
 
 
 def serve(runs: Sequence[str | Path], *, host: str = "127.0.0.1", port: int = 7860, token: str | None = None,
-          limits: Limits | None = None) -> None:  # fmt: skip
+          limits: Limits | None = None, page: bool = True) -> None:  # fmt: skip
     """Load the runs and answer until the process is told to end.
 
     host: any address but loopback demands a token: the one given, that of the environment's LIMNER_TOKEN, or a new
-    one, which is printed. Raises LimnerError: a run that cannot be loaded, a
+    one, which is printed. page: False for the HTTP API alone. Raises LimnerError: a run that cannot be loaded, a
     token too short, a port that is taken.
     """
     import uvicorn
 
-    app, token = prepare(runs, host=host, token=token, limits=limits)
+    app, token = prepare(runs, host=host, token=token, limits=limits, page=page)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}/" + (f"?token={token}" if token is not None else "")
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", server_header=False,
@@ -37,7 +37,7 @@ def serve(runs: Sequence[str | Path], *, host: str = "127.0.0.1", port: int = 78
 
 
 def prepare(runs: Sequence[str | Path], *, host: str = "127.0.0.1", token: str | None = None,
-            limits: Limits | None = None) -> tuple[Any, str | None]:  # fmt: skip
+            limits: Limits | None = None, page: bool = True) -> tuple[Any, str | None]:  # fmt: skip
     """The ASGI application over the runs, and the token that it demands, None for none. Raises LimnerError."""
     try:
         from limner.studio.engine import Engine
@@ -53,6 +53,10 @@ def prepare(runs: Sequence[str | Path], *, host: str = "127.0.0.1", token: str |
     logging.getLogger("httpx").setLevel(logging.WARNING)
     engine = Engine(Shelf.open(runs), limits)
     app: Any = application(engine)
+    if page:
+        from limner.studio.page import mount
+
+        app = mount(app, engine)
     return Guard(app, token=token, upload=engine.limits.upload, metrics=engine.metrics), token
 
 

@@ -1,0 +1,93 @@
+"""Bits of HTML that the page shows; whatever comes from a user or a run is escaped."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from limner.outputs import png
+
+Pixels = npt.NDArray[np.uint8]
+SHOWN = 128
+"""Pixels on the page that a small picture is enlarged to."""
+
+
+def image(pixels: Pixels, alt: str, facts: Mapping[str, Any] | None = None, side: int = SHOWN) -> str:
+    """uint8 (H, W, C) as an `img` that holds its own PNG; `facts` as for `outputs.png`."""
+    data = base64.b64encode(png(pixels, facts)).decode()
+    height, width = pixels.shape[:2]
+    scale = max(1.0, side / max(height, width))
+    return (f'<img class="limner-picture" src="data:image/png;base64,{data}" alt="{escape(alt)}" '
+            f'width="{round(width * scale)}" height="{round(height * scale)}">')  # fmt: skip
+
+
+def figure(picture: str, caption: str) -> str:
+    """A picture with words below it."""
+    return f'<figure class="limner-figure">{picture}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def row(figures: Iterable[str], label: str) -> str:
+    """Figures side by side, in as many lines as they need."""
+    return f'<div class="limner-row" role="group" aria-label="{escape(label)}">{"".join(figures)}</div>'
+
+
+def strip(figures: Iterable[str], label: str) -> str:
+    """Figures in one line that scrolls sideways, by the keyboard too."""
+    return f'<div class="limner-strip" role="region" tabindex="0" aria-label="{escape(label)}">{"".join(figures)}</div>'
+
+
+def heading(text: str) -> str:
+    return f"<h3>{escape(text)}</h3>"
+
+
+def status(text: str, done: float | None = None, *, wrong: bool = False) -> str:
+    """What is going on, told to screen readers too. done: 0 to 1, for a bar."""
+    bar = "" if done is None else f'<progress max="1" value="{done:.3f}" aria-label="progress"></progress>'
+    kind, role = ("limner-wrong", "alert") if wrong else ("limner-status", "status")
+    return f'<div class="{kind}" role="{role}">{escape(text)}{bar}</div>'
+
+
+def table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], corner: str, caption: str) -> str:
+    """A table of cells that are HTML already, with headings that are not."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for name, cells in rows
+    )
+    return (f'<div class="limner-strip" role="region" tabindex="0" aria-label="{escape(caption)}">'
+            f'<table class="limner-grid"><caption>{escape(caption)}</caption>'
+            f"<thead><tr><td>{escape(corner)}</td>{head}</tr></thead><tbody>{body}</tbody></table></div>")  # fmt: skip
+
+
+def seconds(value: float) -> str:
+    """`8 s`, `2 min 05 s`, `1 h 05 min`."""
+    whole = max(0, round(value))
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    return f"{minutes} min {whole % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+CSS = """
+.limner-picture { image-rendering: pixelated; border-radius: 4px; background: #fff; display: block; }
+.limner-figure { margin: 0; display: inline-block; vertical-align: top; }
+.limner-figure figcaption { font-size: 0.85rem; max-width: 9rem; overflow-wrap: anywhere; }
+.limner-figure figcaption { color: var(--body-text-color); }
+.limner-row { display: flex; flex-wrap: wrap; gap: 0.6rem; margin: 0.4rem 0; }
+.limner-strip { overflow-x: auto; white-space: nowrap; padding: 0.3rem 0; }
+.limner-strip .limner-figure { margin-right: 0.5rem; }
+.limner-strip figcaption { white-space: normal; }
+.limner-grid { border-collapse: collapse; }
+.limner-grid caption { text-align: left; padding-bottom: 0.4rem; }
+.limner-grid th, .limner-grid td { padding: 0.25rem 0.4rem; text-align: center; color: var(--body-text-color); }
+.limner-status progress { width: 100%; margin-top: 0.3rem; accent-color: var(--color-accent); }
+.limner-status, .limner-wrong { min-height: 1.6rem; color: var(--body-text-color); }
+.limner-wrong { border-left: 4px solid #d03030; padding: 0.3rem 0.6rem; }
+:focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
+.limner-map { position: relative; display: inline-block; }
+"""

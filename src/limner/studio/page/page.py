@@ -1,0 +1,57 @@
+"""The page as a whole, and how it is put onto the application."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from gradio.themes import Base
+
+from limner.studio.engine import Engine
+from limner.studio.page import markup
+from limner.studio.page.draw import Draw
+from limner.studio.page.sessions import Sessions
+
+CACHE_S = 3600
+"""How long files of the page are kept."""
+
+
+def mount(app: FastAPI, engine: Engine) -> FastAPI:
+    """The application with the page at its root."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    theme = Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return gr.mount_gradio_app(
+        app, build(engine), path="/", theme=theme, css=markup.CSS, footer_links=[], ssr_mode=False, show_error=False,
+        max_file_size=engine.limits.upload, mcp_server=False, pwa=False, enable_monitoring=False,
+    )  # fmt: skip
+
+
+def build(engine: Engine) -> gr.Blocks:
+    """The page over an engine's models."""
+    sessions = Sessions()
+    names = list(engine.shelf.generators)
+    with gr.Blocks(title="Limner", analytics_enabled=False, delete_cache=(CACHE_S, CACHE_S), fill_width=True) as page:
+        gr.Markdown("# Limner")
+        choice = gr.Dropdown(names, value=names[0] if names else None, label="Model", visible=len(names) > 1)
+        with gr.Tabs():
+            if names:
+                with gr.Tab("Draw"):
+                    _each(names, choice, lambda name: Draw(engine, sessions, name))
+        page.unload(sessions.stop)
+    return page
+
+
+def _each(names: list[str], choice: gr.Dropdown, make: Callable[[str], Any]) -> dict[str, Any]:
+    """A part of the page for each model, of which the chosen one's is seen."""
+    made, groups = {}, []
+    for name in names:
+        with gr.Column(visible=name == names[0]) as group:
+            made[name] = make(name)
+        groups.append(group)
+    if len(names) > 1:
+        choice.change(lambda chosen: [gr.Column(visible=name == chosen) for name in names], choice, groups,
+                      queue=False, api_visibility="private")  # fmt: skip
+    return made
