@@ -17,8 +17,9 @@ from limner.errors import LimnerError
 from limner.nn.autoencoder import Autoencoder
 from limner.nn.classifier import NoisyClassifier
 from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
+from limner.nn.layout import LITE0_CHANNELS, BoxesConditioner, VariationConditioner, see_lite0
 from limner.nn.quantizer import VectorQuantizer
-from limner.nn.spatial import ImageConditioner
+from limner.nn.spatial import ImageConditioner, MaskConditioner, SemanticMapConditioner, mask_of_latents
 from limner.nn.text import PretrainedEncoder, PretrainedTokenizer, TextConditioner, TextTransformer, Vocabulary
 from limner.nn.unet import Level, UNet
 
@@ -48,20 +49,31 @@ class Model(nn.Module):
     def raw(self, x: Tensor, time: Tensor, cond: Embedded | None = None) -> Tensor:
         """The network's own output at x (B, C, H, W) and time (B,); `cond` None is the null condition."""
         if cond is None:
-            cond = self.embed({}, len(x))
+            cond = self.embed({}, len(x), size=(x.shape[2], x.shape[3]))
         return self.network(x, time, cond.vector, cond.tokens, cond.token_mask, cond.spatial)
 
-    def embed(self, cond: Mapping[str, Any], batch: int, drop: Mapping[str, Tensor] | None = None) -> Embedded:
-        """tau(y). Raises LimnerError for a condition that this model doesn't have."""
+    def embed(self, cond: Mapping[str, Any], batch: int, drop: Mapping[str, Tensor] | None = None,
+              size: tuple[int, int] | None = None) -> Embedded:  # fmt: skip
+        """tau(y); size: (H, W) of x_t. Raises LimnerError for a condition that this model doesn't have."""
         if self.conditioner is None:
             for name in cond:
                 raise LimnerError(f"condition '{name}': this model is unconditional")
             return Embedded()
-        return self.conditioner(cond, batch, drop)
+        if self.autoencoder is not None and cond.get("mask") is not None:
+            cond = {**cond, "mask": self.hole_of_latents(self.autoencoder, cond["mask"])}
+        return self.conditioner(cond, batch, drop, size)
+
+    @staticmethod
+    @torch.no_grad()
+    def hole_of_latents(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
+        """Pictures with a hole (B, C + 1, H, W) as their latents and the hole's cells (B, c + 1, H/f, W/f)."""
+        pictures = pictures.to(autoencoder.latent_mean.device)
+        latents = autoencoder.normalise(autoencoder.encode(pictures[:, :-1]).mode())
+        return torch.cat([latents, mask_of_latents(pictures[:, -1:], autoencoder.factor).to(latents)], dim=1)
 
     def forward(self, x: Tensor, time: Tensor, cond: Mapping[str, Any], drop: Mapping[str, Tensor]) -> Tensor:
         """Training's call: tau and the network in one, so that both learn from the one loss."""
-        return self.raw(x, time, self.embed(cond, len(x), drop))
+        return self.raw(x, time, self.embed(cond, len(x), drop, (x.shape[2], x.shape[3])))
 
 
 def ready(model: Model, device: torch.device) -> None:
@@ -117,19 +129,41 @@ def levels_of(sections: Sequence[c.Level]) -> list[Level]:
 
 def conditioner(config: c.RunConfig, emb_channels: int) -> Conditioner | None:
     """tau of a recipe, or None for an unconditional model. Vectors come out `emb_channels` wide."""
-    modalities: dict[str, nn.Module] = {}
-    for section in config.conditions:
-        if isinstance(section, c.LabelCondition):
-            if not config.classes:
-                raise LimnerError("classes: a label condition needs the names of the classes; the data has none")
-            width = section.width or emb_channels
-            modalities["label"] = LabelConditioner(len(config.classes), width, enters=section.enters, null=section.null)
-        elif isinstance(section, c.ImageCondition):
-            size = space_shape(config)[1:]
-            modalities["image"] = ImageConditioner(config.data.channels, size, section.size, null=section.null)
-        else:
-            modalities["text"] = text_conditioner(section, emb_channels)
-    return Conditioner(modalities) if modalities else None
+    if not config.conditions:
+        return None
+    return Conditioner({section.kind: modality(section, config, emb_channels) for section in config.conditions})
+
+
+def modality(section: c.ConditionConfig, config: c.RunConfig, emb_channels: int) -> nn.Module:
+    """The conditioner of one section of a recipe. Raises LimnerError where the names of classes are missing."""
+    if isinstance(section, c.TextCondition):
+        return text_conditioner(section, emb_channels)
+    vector = emb_channels if getattr(section, "pooled", True) else None
+    if isinstance(section, c.BoxesCondition):
+        return BoxesConditioner(len(_classes(section.classes, "boxes")), section.width, section.depth, section.most,
+                                head_dim=section.head_dim, emb_channels=vector)  # fmt: skip
+    if isinstance(section, c.VariationCondition):
+        return VariationConditioner(see_lite0, LITE0_CHANNELS, section.width, section.side, section.grid, vector)
+    if isinstance(section, c.LabelCondition):
+        classes = _classes(config.classes, "a label")
+        return LabelConditioner(len(classes), section.width or emb_channels, enters=section.enters, null=section.null)
+    channels, *size = space_shape(config)
+    height, width = size
+    if isinstance(section, c.ImageCondition):
+        return ImageConditioner(config.data.channels, (height, width), section.size, null=section.null,
+                                levels=section.noise > 0)  # fmt: skip
+    if isinstance(section, c.MaskCondition):
+        return MaskConditioner(channels, (height, width))
+    assert config.data.size is not None
+    factor = config.data.size[0] // height
+    return SemanticMapConditioner(len(_classes(section.classes, "a semantic map")), section.width, (height, width),
+                                  void=section.void, factor=factor)  # fmt: skip
+
+
+def _classes(names: Sequence[str] | None, whose: str) -> Sequence[str]:
+    if not names:
+        raise LimnerError(f"classes: {whose} condition needs the names of the classes; the data has none")
+    return names
 
 
 def text_conditioner(section: c.TextCondition, emb_channels: int) -> TextConditioner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from limner import build
-from limner.config import RunConfig
+from limner.asked import Asked, Pictures, Wish, as_images, asked_of
+from limner.config import BoxesCondition, RunConfig
 from limner.core import guidance
-from limner.core.noise import initial_noise, step_noise
+from limner.core.inpainting import repaint
+from limner.core.noise import initial_noise, slerp, step_noise
 from limner.core.path import Path
 from limner.core.samplers import SAMPLERS
 from limner.core.types import Denoise, Noise, OnStep
@@ -28,7 +30,6 @@ from limner.settings import Settings
 OUTPUTS = ("pil", "array", "tensor", "latent")
 Output = Literal["pil", "array", "tensor", "latent"]
 BATCH = 64
-Pictures = Tensor | npt.NDArray[np.uint8] | Image.Image | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
@@ -37,29 +38,33 @@ class Drawn:
 
     numbers: of the pictures, which with the seed decide their noise. latent: (B, c, h, w), as the sampler left it.
     facts: what each picture was asked to show, by modality, and `label_name`. skipped: guidance gradients that were
-    not finite.
+    not finite. hole: (B, C + 1, H, W), pictures of which all but the hole is kept.
     """
 
     numbers: range
     latent: Tensor
     facts: list[dict[str, Any]]
     skipped: int = 0
+    hole: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be drawn, checked and complete: `num` pictures from number `first` on."""
+    """What is to be drawn, checked and complete: `num` pictures from number `first` on, `shape` (C, H, W) in the
+    network's space. tau: in place of the conditions."""
 
     num: int
     first: int
     batch: int
     seed: int
-    conditions: Mapping[str, Any]
+    asked: Asked
+    shape: tuple[int, int, int]
     settings: Settings
     path: Path
     guide: Guide | None
     initial_noise: Tensor | None
     step_noise: Sequence[Tensor] | None
+    tau: Embedded | None = None
 
 
 @dataclass
@@ -95,12 +100,15 @@ class Generator(Loaded):
         Returns a list of PIL pictures; or uint8 (N, H, W, C) for output="array", float (N, C, H, W) in [-1, 1] for
         "tensor", the network's own space for "latent". Raises LimnerError for whatever doesn't fit the model.
         """
+        return self._gathered(self.stream(**options), output)
+
+    def _gathered(self, batches: Iterator[Drawn], output: Output) -> Any:
         if output not in OUTPUTS:
             raise LimnerError(f"output '{output}': there is none such{suggest(output, OUTPUTS)}")
-        latent = torch.cat([drawn.latent for drawn in self.stream(**options)])
+        drawn = list(batches)
         if output == "latent":
-            return latent
-        x = self.decode(latent)
+            return torch.cat([each.latent for each in drawn])
+        x = torch.cat([self.finished(each) for each in drawn])
         if output == "tensor":
             return x
         return to_uint8(x) if output == "array" else to_pil(to_uint8(x))
@@ -111,7 +119,15 @@ class Generator(Loaded):
         num: int | None = None,
         label: Labels | None = None,
         text: str | Sequence[str] | None = None,
+        negative_text: str | Sequence[str] | None = None,
         image: Pictures | None = None,
+        mask: Pictures | None = None,
+        semantic_map: Any = None,
+        boxes: Any = None,
+        strength: float | None = None,
+        size: tuple[int, int] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        tau: Embedded | None = None,
         seed: int = 0,
         first: int = 0,
         batch: int = BATCH,
@@ -124,66 +140,82 @@ class Generator(Loaded):
     ) -> Iterator[Drawn]:
         """Draw batch by batch, so that memory doesn't grow with `num`. Whatever is wrong is raised at once.
 
-        num: how many pictures; by default one for each label, caption or picture given. label, text: one for all, or a
-        list, repeated in rotation to `num`; where none is given, a labelled model draws its classes in rotation.
-        image: pictures to enlarge, for a super-resolution model: floats (N, C, h, w) in [-1, 1], uint8 (N, h, w, C),
-        or PIL.
+        num: how many pictures; by default one for each label, caption or picture given. Each condition is one for all,
+        or a list, repeated in rotation to `num`; where no label is given, a labelled model draws its classes.
+        semantic_map: PIL pictures or integers (N, h, w), or floats (N, K, h, w). boxes: a list of (class, x, y, w, h)
+        in 0..1, or a list of such lists. negative_text: what to move away from, instead of from nothing.
+        image: pictures: floats (N, C, h, w) in [-1, 1], uint8 (N, h, w, C), or PIL. A super-resolution model enlarges
+        them, a model of variations varies them. With `mask` (white is painted anew) any model paints in them, one that
+        learned to by itself and others by RePaint (2201.09865); what the mask keeps stays to the bit.
+        With `strength`, any model draws from them, noised up to t = strength (SDEdit, Meng et al. 2022, 2108.01073).
+        size: (H, W) of the canvas, where it isn't that of training. conditions: by modality, as the data set's batches
+        give them. tau: what `embed` gives, in place of conditions.
         seed, first: picture k has the noise of (seed, first + k), whatever the batch.
         classifier: a noisy classifier from `limner.load`, or any `log_prob(x_t, t) -> (B,)`; it acts with
         `classifier_scale`, towards `classifier_label` where that differs from `label`.
         initial_noise (N, C, H, W) and step_noise, one such tensor a step, stand in for the seed's.
-        on_step(Step): told after each step of each batch. settings: the fields of `Settings`, such as guidance,
-        sampler, steps, spacing.
+        on_step(Step): told after each step of each batch. settings: the fields of `Settings`, such as guidance (a
+        number, or one by modality), sampler, steps, spacing.
         """
         if self.config.task != "diffusion":
             raise LimnerError(f"this run is an {self.config.task}: it reconstructs pictures, it draws none")
-        asked = self.settings(**settings)
+        chosen = self.settings(**settings)
         given = None if initial_noise is None else len(initial_noise)
+        given = given if tau is None else _length(tau)
         if isinstance(classifier, NoisyClassifier) and "label" not in self.modalities:
             label, classifier_label = None, label if classifier_label is None else classifier_label
-            given = (
-                len(label_numbers(classifier_label, classifier.classes))
-                if classifier_label is not None and given is None
-                else given
-            )
-        conditions, count = self._conditions(label, text, image, given if num is None else num)
-        guide = Guide.towards(classifier, classifier_label, conditions.get("label"), count, asked, self.config)
-        self._check(asked, classifier, batch)
-        if initial_noise is not None and initial_noise.shape != (count, *self.shape):
-            raise LimnerError(f"initial_noise: {tuple(initial_noise.shape)}, should be {(count, *self.shape)}")
-        path = self.schedule.path(asked.steps, asked.spacing)
+            if classifier_label is not None and given is None:
+                given = len(label_numbers(classifier_label, classifier.classes))
+        shape = self._shape(size, classifier)
+        wish = Wish(label, text, negative_text, image, mask, semantic_map, boxes, strength, conditions or {})
+        asked = asked_of(self.config, wish, size or (self.config.data.size or (0, 0)))
+        own = "label" if label is None and "label" not in wish.conditions else None
+        asked = asked if tau is None else replace(asked, conditions={})
+        asked, count = asked.rotated(given if num is None else num, own)
+        guide = Guide.towards(classifier, classifier_label, asked.conditions.get("label"), count, chosen, self.config)
+        self._check(chosen, classifier, batch, tau)
+        if initial_noise is not None and initial_noise.shape != (count, *shape):
+            raise LimnerError(f"initial_noise: {tuple(initial_noise.shape)}, should be {(count, *shape)}")
+        path = self.schedule.path(chosen.steps, chosen.spacing)
+        path = path if strength is None else path.truncate(strength)
         if step_noise is not None and len(step_noise) < path.steps - 1:
             raise LimnerError(f"step_noise: {len(step_noise)} tensors for {path.steps} steps")
-        order = Order(count, first, batch, seed, conditions, asked, path, guide, initial_noise, step_noise)
+        order = Order(count, first, batch, seed, asked, shape, chosen, path, guide, initial_noise, step_noise, tau)
         return self._batches(order, on_step)
 
     def _batches(self, order: Order, on_step: OnStep | None) -> Iterator[Drawn]:
         for start in range(0, order.num, order.batch):
             rows = slice(start, min(start + order.batch, order.num))
             numbers = range(order.first + rows.start, order.first + rows.stop)
-            cond = {name: values[rows] for name, values in order.conditions.items()}
+            cond = {name: values[rows] for name, values in order.asked.conditions.items()}
             latent, skipped = self._draw(order, rows, numbers, cond, on_step)
             towards = None if order.guide is None or "label" in cond else order.guide.named(rows)
-            yield Drawn(numbers, latent, self._facts(cond, len(numbers), towards), skipped)
+            hole = None if order.asked.hole is None else order.asked.hole[rows]
+            yield Drawn(numbers, latent, self._facts(cond, len(numbers), towards), skipped, hole)
 
     @torch.no_grad()
     def _draw(self, order: Order, rows: slice, numbers: range, cond: Mapping[str, Any],
               on_step: OnStep | None) -> tuple[Tensor, int]:  # fmt: skip
         """One batch through the sampler: the result, and how many guidance gradients were not finite."""
-        settings, batch = order.settings, len(numbers)
+        settings, batch, asked = order.settings, len(numbers), order.asked
         noise: Noise
         if order.step_noise is not None:
             given = order.step_noise
             noise = lambda k: given[k][rows].to(self.device, torch.float32)  # noqa: E731
         else:
-            noise = step_noise(order.seed, numbers, self.shape, device=self.device)
+            noise = step_noise(order.seed, numbers, order.shape, device=self.device)
         if order.initial_noise is not None:
             x = order.initial_noise[rows].to(self.device, torch.float32)
         else:
-            x = initial_noise(order.seed, numbers, self.shape, device=self.device)
+            x = initial_noise(order.seed, numbers, order.shape, device=self.device)
+        if asked.start is not None:
+            knot = order.path[0]
+            x = knot.alpha * self.encode(asked.start[rows]).to(self.device) + knot.sigma * x
         with autocast(self.config.training.precision, self.device):
-            tau = self.model.embed(cond, batch)
-            denoise = self.denoiser(settings, batch)
+            size = order.shape[1:]
+            tau = self.model.embed(cond, batch, size=size) if order.tau is None else order.tau[rows]
+            negative = {} if asked.negative is None else {"text": asked.negative[rows]}
+            denoise = self.denoiser(settings, batch, cond, size=size, negative=negative)
             gradient = None
             if order.guide is not None:
                 gradient = guidance.ClassifierGradient(
@@ -191,76 +223,128 @@ class Generator(Loaded):
                 )
                 if settings.sampler != "ddpm":
                     denoise = guidance.ClassifierGuided(denoise, gradient, self.schedule)
+            if asked.hole is not None and "mask" not in cond:
+                known, hole = self._known(asked.hole[rows])
+                x = repaint(denoise, x, order.path, known, hole, cond=tau, noise=noise, on_step=on_step)
+                return x.float(), gradient.skipped if gradient is not None else 0
             options = settings.sampler_options()
             if settings.sampler == "ddpm":
                 options["gradient"] = gradient
             x = SAMPLERS[settings.sampler](denoise, x, order.path, cond=tau, noise=noise, on_step=on_step, **options)
         return x.float(), gradient.skipped if gradient is not None else 0
 
-    def denoiser(self, settings: Settings, batch: int) -> Denoise:
-        """The model under the classifier-free guidance and the clipping that the settings ask for."""
+    def _known(self, hole: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures with a hole (B, C + 1, H, W) in the network's space, and where the hole is there (B, 1, h, w)."""
+        if self.model.autoencoder is not None:
+            hole = self.model.hole_of_latents(self.model.autoencoder, hole)
+        hole = hole.to(self.device).float()
+        return hole[:, :-1], hole[:, -1:]
+
+    def denoiser(self, settings: Settings, batch: int, cond: Mapping[str, Any], *, size: tuple[int, int],
+                 negative: Mapping[str, Any]) -> Denoise:  # fmt: skip
+        """The model under the classifier-free guidance and the clipping that the settings ask for.
+
+        cond: what a scale by modality needs to know. size: of x_t. negative: what guidance moves away from.
+        """
         plain = denoise = build.denoiser(self.model, self.config)
-        if settings.guidance != 1:
-            null = self.model.embed({}, batch)
+        null = self.model.embed(negative or {}, batch, size=size)
+        if settings.scales:
+            names = [name for name in self.modalities if name in (cond or {})]
+            chain = settings.composition == "chain"
+            parts = [
+                {n: (cond or {})[n] for n in (names[: k + 1] if chain else [name])} for k, name in enumerate(names)
+            ]
+            taus = [self.model.embed(part, batch, size=size) for part in parts]
+            denoise = guidance.composed(plain, [settings.scales.get(name, 1.0) for name in names], taus, null=null,
+                                        join=Embedded.cat, chained=chain)  # fmt: skip
+        elif settings.guidance != 1:
             denoise = guidance.classifier_free(plain, settings.guidance, null=null, join=Embedded.cat)
+        if denoise is not plain:
             denoise = guidance.rescaled(guidance.interval(denoise, plain, *settings.interval), settings.rescale)
         return guidance.clipped(denoise) if settings.clip and self.config.space.kind == "pixels" else denoise
 
-    def _check(self, settings: Settings, classifier: Any, batch: int) -> None:
+    def interpolate(self, *, num: int = 8, seed: tuple[int, int] = (0, 0), output: Output = "pil",
+                    **options: Any) -> Any:  # fmt: skip
+        """`num` pictures on the way from one to another: from seed[0] to seed[1], and from the first to the second of
+        each condition that is given as a pair, such as text=("a red heart", "a blue star").
+
+        Noise goes along the sphere (Shoemake 1985; Song et al. 2021, 2010.02502, appendix D.5), tau(y) along a line.
+        The other options are those of `stream`. Raises LimnerError as `stream`, and for what isn't a pair.
+        """
+        if num < 2:
+            raise LimnerError(f"num: {num}, should be 2 or more, from one picture to the other")
+        pairs = {name: options.pop(name) for name in ("label", "text", "semantic_map", "boxes") if name in options}
+        for name, pair in pairs.items():
+            if isinstance(pair, str) or len(pair) != 2:
+                raise LimnerError(f"{name}: should be two to go between")
+        size = options.get("size") or self.config.data.size or (0, 0)
+        shape = self._shape(size, None)
+        ends = [initial_noise(one, [0], shape) for one in seed]
+        share = torch.linspace(0, 1, num)
+        found = asked_of(self.config, Wish(**pairs), size).conditions
+        with torch.no_grad(), autocast(self.config.training.precision, self.device):
+            tau = self.model.embed({name: found[name] for name in pairs}, 2, size=shape[1:])
+            between = Embedded.lerp(tau[:1], tau[1:], share)
+        noise = slerp(ends[0], ends[1], share)
+        batches = self.stream(num=num, tau=between, initial_noise=noise, **options)
+        return self._gathered(batches, output)
+
+    def _shape(self, size: tuple[int, int] | None, classifier: Any) -> tuple[int, int, int]:
+        """(C, H, W) in the network's space for a canvas of `size`. Raises LimnerError for one that doesn't do."""
+        if size is None or size == self.config.data.size:
+            return self.shape
+        if isinstance(classifier, NoisyClassifier):
+            raise LimnerError(f"size {size[1]}x{size[0]}: a classifier guides pictures of its own size alone")
+        config = self.config.model_copy(update={"data": self.config.data.model_copy(update={"size": size})})
+        channels, height, width = build.space_shape(config)
+        build.refuse_size("size", (height, width), getattr(self.model.network, "factor", 1), "the network")
+        return channels, height, width
+
+    def _check(self, settings: Settings, classifier: Any, batch: int, tau: Embedded | None) -> None:
         if batch < 1:
             raise LimnerError(f"batch: {batch}, should be 1 or more")
-        if settings.guidance != 1 and not self.modalities:
+        guided = settings.guidance != 1 or settings.scales
+        if guided and not self.modalities:
             raise LimnerError(f"guidance {settings.guidance:g}: this model is unconditional and has nothing to guide "
                               "by; leave it at 1, or give a classifier")  # fmt: skip
-        if settings.guidance != 1 and not any(getattr(s, "null", True) for s in self.config.conditions):
+        if guided and not any(getattr(s, "null", True) for s in self.config.conditions):
             raise LimnerError(f"guidance {settings.guidance:g}: this model has no null condition, since it never "
                               "learned without one; leave it at 1, or give a classifier")  # fmt: skip
+        for name in settings.scales or ():
+            if name not in self.modalities:
+                raise LimnerError(
+                    f"guidance of {name}: this model was not trained with it{suggest(name, self.modalities)}"
+                )
+        if settings.scales and tau is not None:
+            raise LimnerError("guidance by modality: needs the conditions themselves, not tau")
         if settings.classifier_scale and classifier is None:
             raise LimnerError(f"classifier_scale {settings.classifier_scale:g}: needs a classifier")
-
-    def _conditions(self, label: Labels | None, text: str | Sequence[str] | None, image: Pictures | None,
-                    num: int | None) -> tuple[dict[str, Any], int]:  # fmt: skip
-        """What each of the pictures is asked to show, by modality, and how many there are."""
-        for name, value in (("label", label), ("text", text), ("image", image)):
-            if value is not None and name not in self.modalities:
-                had = f"it has {' and '.join(self.modalities)}" if self.modalities else "it is unconditional"
-                raise LimnerError(f"{name}: this model was not trained with it; {had}")
-        lists: dict[str, Any] = {}
-        if label is not None:
-            lists["label"] = label_numbers(label, self.classes)
-        elif "label" in self.modalities:
-            lists["label"] = torch.arange(len(self.classes))
-        if text is not None:
-            lists["text"] = [text] if isinstance(text, str) else list(text)
-        if image is not None:
-            lists["image"] = as_images(image)
-        asked = max((len(v) for k, v in lists.items() if (k, label) != ("label", None)), default=1)
-        num = asked if num is None else num
-        if num < 1 or any(len(values) == 0 for values in lists.values()):
-            raise LimnerError(f"num: {num}, should be 1 or more, with at least one label or caption")
-        rows = [{name: k % len(values) for name, values in lists.items()} for k in range(num)]
-        conditions = {
-            name: values[torch.tensor([row[name] for row in rows])]
-            if isinstance(values, Tensor)
-            else [values[row[name]] for row in rows]
-            for name, values in lists.items()
-        }
-        return conditions, num
 
     def _facts(self, cond: Mapping[str, Any], count: int,
                towards: list[dict[str, Any]] | None) -> list[dict[str, Any]]:  # fmt: skip
         """What each picture was asked to show; `towards`: by a classifier, where the model itself knows no labels."""
         facts: list[dict[str, Any]] = towards or [{} for _ in range(count)]
-        for name, values in cond.items():
-            if name == "image":
-                continue
-            for fact, value in zip(facts, values, strict=True):
-                fact[name] = int(value) if isinstance(value, Tensor) else value
-                if name == "label":
-                    fact["label_name"] = self.classes[fact["label"]]
+        names = next((s.classes for s in self.config.conditions if isinstance(s, BoxesCondition)), None) or ()
+        for row, fact in enumerate(facts):
+            if "label" in cond:
+                fact["label"] = int(cond["label"][row])
+                fact["label_name"] = self.classes[fact["label"]]
+            if "text" in cond:
+                fact["text"] = cond["text"][row]
+            if "boxes" in cond:
+                boxes = [box for box in cond["boxes"][row].tolist() if box[0] >= 0]
+                fact["boxes"] = [[names[int(k)], *(round(value, 4) for value in span)] for k, *span in boxes]
         return facts
 
     # --- parts ----------------------------------------------------------------------------------------------------
+
+    def finished(self, drawn: Drawn) -> Tensor:
+        """The pictures (B, C, H, W) in [-1, 1] of a batch; what a mask keeps is put back as it was."""
+        x = self.decode(drawn.latent)
+        if drawn.hole is None:
+            return x
+        known, hole = drawn.hole[:, :-1], drawn.hole[:, -1:]
+        return torch.where(hole > 0, x, known.to(x))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = BATCH) -> Tensor:
@@ -298,6 +382,10 @@ class Generator(Loaded):
         return self.model.embed(cond, size)
 
 
+def _length(tau: Embedded) -> int:
+    return next((len(part) for part in (tau.vector, tau.tokens, tau.spatial) if part is not None), 1)
+
+
 def encode(autoencoder: Any, images: Tensor, config: RunConfig, device: torch.device, batch: int) -> Tensor:
     """Images (N, C, H, W) to the normalised mode of their latents (N, c, h, w), in batches, on the CPU."""
     with autocast(config.training.precision, device):
@@ -310,19 +398,6 @@ def decode(autoencoder: Any, latents: Tensor, config: RunConfig, device: torch.d
     with autocast(config.training.precision, device):
         parts = [autoencoder.decode(autoencoder.denormalise(z.to(device))) for z in latents.split(batch)]
     return torch.cat([x.float().cpu() for x in parts]).clamp(-1, 1)
-
-
-def as_images(pictures: Pictures) -> Tensor:
-    """Pictures of any kind as floats (N, C, h, w) in [-1, 1]. Raises LimnerError for another shape or for nothing."""
-    if isinstance(pictures, Image.Image):
-        pictures = [pictures]
-    if not isinstance(pictures, Tensor | np.ndarray):
-        pictures = np.stack([np.asarray(p)[..., None] if p.mode == "L" else np.asarray(p) for p in pictures])
-    if isinstance(pictures, np.ndarray):
-        pictures = torch.from_numpy(pictures).movedim(-1, 1).float() / 127.5 - 1
-    if pictures.ndim != 4:
-        raise LimnerError(f"image: shape {tuple(pictures.shape)}, should be (N, C, h, w)")
-    return pictures
 
 
 def to_uint8(images: Tensor) -> npt.NDArray[np.uint8]:

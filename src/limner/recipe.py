@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limner import build, config
-from limner.config import AutoencoderConfig, DataConfig, RunConfig
+from limner.config import AutoencoderConfig, ConditionConfig, DataConfig, RunConfig
 from limner.data.catalog import open_source
 from limner.data.dataset import Dataset
 from limner.data.roles import image_role, label_role
@@ -113,11 +113,11 @@ def for_autoencoder(raw: dict[str, Any], section: AutoencoderConfig, where: str)
     return {**raw, "space": space}
 
 
-def wants(recipe: RunConfig) -> set[str]:
+def wants(recipe: RunConfig) -> tuple[str | ConditionConfig, ...]:
     """The conditions that every row of the data must have."""
     if recipe.task == "classifier":
-        return {"label"}
-    return {section.kind for section in recipe.conditions} if recipe.task == "diffusion" else set()
+        return ("label",)
+    return recipe.conditions if recipe.task == "diffusion" else ()
 
 
 def complete(recipe: RunConfig, data: Dataset, where: str) -> RunConfig:
@@ -128,6 +128,7 @@ def complete(recipe: RunConfig, data: Dataset, where: str) -> RunConfig:
     filled: dict[str, Any] = recipe.model_dump(mode="json")
     filled["data"] |= {"size": list(data.size), "channels": data.channels}
     filled["classes"] = list(names) if names is not None else filled["classes"]
+    filled["conditions"] = [section | data.facts.get(section["kind"], {}) for section in filled["conditions"]]
     return config.parse(filled, where)
 
 

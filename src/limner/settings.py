@@ -14,13 +14,17 @@ from limner.errors import LimnerError, suggest
 
 STOCHASTIC = ("ddim", "dpmpp_2m_sde")
 VARIANCES = ("learned", "small", "large")
+COMPOSITIONS = ("chain", "sum")
 
 
 @dataclass(frozen=True)
 class Settings:
     """sampler: a name in `SAMPLERS`. steps: its number of steps. spacing: see `core/path.py`.
 
-    guidance: classifier-free scale s, 1 is off. interval: the range of t in which guidance of any kind acts.
+    guidance: classifier-free scale s, 1 is off. scales: one by modality instead, such as {"text": 5, "boxes": 2}; what
+    isn't named has 1. composition: how scales add up: "chain", each condition given those before it, in the model's
+    order (InstructPix2Pix), or "sum", each by itself (Liu et al. 2206.01714).
+    interval: the range of t in which guidance of any kind acts.
     rescale: phi of Lin et al. 2305.08891. classifier_scale: 0 is off. clip: x0 kept in [-1, 1].
     eta: of ddim and dpmpp_2m_sde. variance: of ddpm, learned, small or large; None: the model's own.
     """
@@ -29,6 +33,8 @@ class Settings:
     steps: int = 20
     spacing: str = "log_snr"
     guidance: float = 1.0
+    scales: Mapping[str, float] | None = None
+    composition: str = "chain"
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     clip: bool = True
@@ -43,6 +49,8 @@ class Settings:
         for name in given:
             if name not in known:
                 raise LimnerError(f"setting '{name}': there is none such{suggest(name, known)}")
+        if isinstance(given.get("guidance"), Mapping):
+            given = {**given, "guidance": None, "scales": dict(given["guidance"])}
         return Asked({name: value for name, value in given.items() if value is not None})
 
     def sampler_options(self) -> dict[str, Any]:
@@ -57,10 +65,14 @@ class Settings:
             raise LimnerError(f"sampler '{self.sampler}': there is none such{suggest(str(self.sampler), SAMPLERS)}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise LimnerError(f"steps: {self.steps}, should be a whole number from 1")
-        for name in ("guidance", "rescale", "eta", "classifier_scale"):
-            value = getattr(self, name)
+        numbers = {name: getattr(self, name) for name in ("guidance", "rescale", "eta", "classifier_scale")}
+        numbers |= {f"guidance of {name}": scale for name, scale in (self.scales or {}).items()}
+        for name, value in numbers.items():
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise LimnerError(f"{name}: {value}, should be a number from 0")
+        if self.composition not in COMPOSITIONS:
+            raise LimnerError(f"composition '{self.composition}': there is none such"
+                              f"{suggest(self.composition, COMPOSITIONS)}")  # fmt: skip
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise LimnerError(f"interval: {low:g},{high:g}, should be two times, 0 <= low < high <= 1")

@@ -53,6 +53,31 @@ def classifier_free(denoise: Denoise, scale: float, *, null: Cond = None, join: 
     return guided
 
 
+def composed(denoise: Denoise, scales: Sequence[float], parts: Sequence[Cond], *, null: Cond = None,
+             join: Join | None = None, chained: bool = False) -> Denoise:  # fmt: skip
+    """Several conditions, a scale each.
+
+    chained=False, Liu et al. 2022 (2206.01714), eq. 11: u + sum_i s_i (c_i - u), `parts` each of the conditions alone.
+    chained=True, InstructPix2Pix, Brooks et al. 2023 (2211.09800), eq. 3: each part holds all that came before it and
+    one condition more, and s_i weighs what this one adds: u + sum_i s_i (c_i - c_{i-1}), c_0 = u.
+    The condition handed to the denoiser is ignored. All predictions are one call of the network with `join`. The
+    variance is that of the last part; `plain` is the sum with all scales at 1.
+    """
+    if len(scales) != len(parts) or not parts:
+        raise LimnerError(f"guidance: {len(scales)} scales for {len(parts)} conditions, should be one for each")
+
+    def guided(x: Tensor, t: Tensor, cond: Cond = None, /) -> Denoised:
+        *given, u = _all(denoise, x, t, [*parts, null], join)
+        below = [u, *given[:-1]] if chained else [u] * len(given)
+        plain = guided_x0 = u.x0
+        for scale, part, base in zip(scales, given, below, strict=True):
+            plain = plain + (part.x0 - base.x0)
+            guided_x0 = guided_x0 + scale * (part.x0 - base.x0)
+        return replace(given[-1], x0=guided_x0, plain=plain)
+
+    return guided
+
+
 def cfg_plus_plus(
     denoise: Denoise, scale: float, path: Path, *, null: Cond = None, join: Join | None = None
 ) -> Denoise:
@@ -292,6 +317,16 @@ def _pair(denoise: Denoise, x: Tensor, t: Tensor, cond: Cond, null: Cond, join: 
     both = denoise(torch.cat([x, x]), torch.cat([t, t]) if t.dim() else t, join([cond, null]))
     fraction, plain = (None if part is None else part[: len(x)] for part in (both.variance_fraction, both.plain))
     return Denoised(both.x0[: len(x)], fraction, plain), both.x0[len(x) :]
+
+
+def _all(denoise: Denoise, x: Tensor, t: Tensor, conds: Sequence[Cond], join: Join | None) -> list[Denoised]:
+    """The predictions of several conditions, by one call where they can be joined."""
+    if join is None:
+        return [denoise(x, t, cond) for cond in conds]
+    n = len(conds)
+    out = denoise(torch.cat([x] * n), torch.cat([t] * n) if t.dim() else t, join(conds))
+    chunks = [[None] * n if part is None else part.chunk(n) for part in (out.x0, out.variance_fraction, out.plain)]
+    return [Denoised(x0, fraction, plain) for x0, fraction, plain in zip(*chunks, strict=True) if x0 is not None]
 
 
 def _plain(out: Denoised) -> Tensor:

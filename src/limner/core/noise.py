@@ -50,3 +50,15 @@ def step_noise(
     """`noise(k) -> (B, *shape)` for the steps k = 0, 1, ... of a stochastic sampler; independent of `initial_noise`."""
     images = list(indices)
     return lambda step: _batch(seed, images, step + 1, tuple(shape), dtype, device)
+
+
+def slerp(first: Tensor, last: Tensor, share: Tensor) -> Tensor:
+    """Noise on the way between two (1, C, H, W), at each share (N,) of it: (N, C, H, W), as likely as either end
+    (Shoemake 1985). The same noise twice stays what it is."""
+    a, b = (noise.flatten().double() for noise in (first, last))
+    angle = torch.acos((torch.dot(a, b) / (a.norm() * b.norm())).clamp(-1, 1))
+    if angle < 1e-6:
+        return first.expand(len(share), *first.shape[1:]).clone()
+    way = share.double()[:, None]
+    made = (torch.sin((1 - way) * angle) * a + torch.sin(way * angle) * b) / torch.sin(angle)
+    return made.to(first).view(-1, *first.shape[1:])

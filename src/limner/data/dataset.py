@@ -7,72 +7,28 @@ batch = dataset.batch(dataset.train[:16], np.random.default_rng(0))     # image,
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from limner.config import DataConfig
+from limner.config import ConditionConfig, DataConfig
+from limner.data.boxes import Boxes
 from limner.data.catalog import open_source
+from limner.data.conditions import RANDOM, Condition, Labels, Texts, by_kind, on_pictures
+from limner.data.overlays import SemanticMaps
 from limner.data.pixels import Pixels, Progress, View, decode_all
 from limner.data.roles import find_roles, read_labels, read_texts
 from limner.errors import LimnerError
 
 HELD_OUT_MOST = 2048
 _SPLIT_SEED = 20210511
-_SIDES = re.compile(r"\b((left|right)(wards?|hand(ed)?)?|(anti|counter)?-?clockwise|east|west)\b", re.IGNORECASE)
 
 Rows = Sequence[int] | npt.NDArray[np.integer[Any]]
-
-
-class Condition(Protocol):
-    """What is known of each row besides its picture. It is given the same `View` as the picture, so that whatever
-    lies on the picture (a semantic map, a mask, boxes) is mirrored and cropped with it."""
-
-    def take(self, rows: npt.NDArray[np.int64], view: View) -> Any:
-        """The batch of these rows as a network's conditioner wants it."""
-        ...
-
-    def mirrorable(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_] | None:
-        """Rows that stay true when the picture is mirrored; None: all."""
-        ...
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Class numbers (N,); they stay true in a mirror."""
-
-    numbers: npt.NDArray[np.int64]
-    names: tuple[str, ...]
-
-    def take(self, rows: npt.NDArray[np.int64], view: View) -> torch.Tensor:
-        return torch.from_numpy(self.numbers[rows])
-
-    def mirrorable(self, rows: npt.NDArray[np.int64]) -> None:
-        return None
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Captions; one that names a side ("a left arrow") would be false in a mirror, so its picture is never flipped."""
-
-    texts: list[str]
-
-    def __post_init__(self) -> None:
-        sided = [_SIDES.search(text) is not None for text in self.texts]
-        object.__setattr__(self, "_sideless", ~np.asarray(sided, dtype=bool))
-
-    def take(self, rows: npt.NDArray[np.int64], view: View) -> list[str]:
-        return [self.texts[row] for row in rows]
-
-    def mirrorable(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        return self._sideless[rows]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -122,12 +78,23 @@ class Dataset:
         texts = self.conditions.get("text")
         return texts.texts if isinstance(texts, Texts) else None
 
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What a recipe's section has to be told of a condition's classes, by modality."""
+        return {
+            key: {"classes": list(known.names)} | ({"void": known.void} if isinstance(known, SemanticMaps) else {})
+            for key, known in self.conditions.items()
+            if isinstance(known, SemanticMaps | Boxes)
+        }
+
     def batch(self, rows: Rows, generator: np.random.Generator | None = None) -> dict[str, Any]:
-        """`image` float32 (B, C, H, W) in [-1, 1], and a value by condition: `label` int64 (B,), `text` list[str].
+        """`image` float32 (B, C, H, W) in [-1, 1], and a value by condition: `label` int64 (B,), `text` list[str],
+        `semantic_map` int64 (B, H, W), `boxes` (B, M, 5), `mask` (B, C + 1, H, W), `small` (B, C, h, w), `variation`.
 
         With a generator the picture is flipped (where the recipe says so and the conditions allow) and cropped at
-        random (where the recipe says so); without, never flipped and cropped to the centre. Random numbers are drawn
-        row by row, `generator.random(B)` or `generator.random((B, 2))`.
+        random (where the recipe says so), masks and small twins are made at random; without, never flipped and cropped
+        to the centre, and masks and twins are those of the row. Random numbers are drawn row by row,
+        `generator.random(B)` or `generator.random((B, 2))`.
         """
         chosen = np.asarray(rows, dtype=np.int64)
         view = self._view(chosen, generator)
@@ -151,27 +118,30 @@ class Dataset:
         if generator is None:
             return View()
         corner = generator.random((len(rows), 2)) if self.pixels.has_margins else None
+        by_chance = any(isinstance(condition, RANDOM) for condition in self.conditions.values())
+        chance = generator.random(len(rows)) if by_chance else None
         if not self.flip:
-            return View(corner=corner)
+            return View(None, corner, chance)
         mirror = generator.random(len(rows)) < 0.5
         for condition in self.conditions.values():
             allowed = condition.mirrorable(rows)
             if allowed is not None:
                 mirror &= allowed
-        return View(mirror, corner)
+        return View(mirror, corner, chance)
 
 
 def prepare(
     config: DataConfig,
-    wants: Collection[str] = (),
+    wants: Collection[str | ConditionConfig] = (),
     progress: Progress | None = None,
     *,
     classes: Sequence[str] | None = None,
 ) -> Dataset:
     """Read the data set that a recipe names, decoding its pictures on the first use.
 
-    `wants`: conditions that every row must have, of "label" and "text". `progress(done, rows)` is called while
-    pictures are decoded. `classes`: class names in the order of an earlier run; by default the data's own.
+    `wants`: conditions that every row must have, as sections of a recipe or by name, which means the sections'
+    defaults. `progress(done, rows)` is called while pictures are decoded. `classes`: class names in the order of an
+    earlier run; by default the data's own.
 
     Raises LimnerError: nothing there, a column missing, a row without a label or with one that is not among
     `classes`, a picture that cannot be read (with file and row), pictures of several sizes when `config.size` is
@@ -180,18 +150,21 @@ def prepare(
     if config.source is None:
         raise LimnerError("data.source is not set; give a folder, Parquet, WebDataset tar or hub name")
     source = open_source(config.source, config.split)
-    roles = find_roles(source, config, wants)
+    sections = by_kind(wants)
+    roles = find_roles(source, config, sections)
     if not len(source):
         raise LimnerError(f"{config.source}: split '{source.split}' has no rows")
     conditions: dict[str, Condition] = {}
-    if "label" in wants and roles.label is not None:
+    if "label" in sections and roles.label is not None:
         conditions["label"] = Labels(*read_labels(source, roles.label, classes=classes))
-    if "text" in wants and roles.text is not None:
+    if "text" in sections and roles.text is not None:
         conditions["text"] = Texts(read_texts(source, roles.text))
     pixels = decode_all(source, roles.image, config, progress)
+    conditions |= on_pictures(source, roles, sections, config, pixels, progress)
+    notes = [*source.notes, *(note for known in conditions.values() for note in getattr(known, "notes", ()))]
     train, held_out = split_rows(len(pixels), config.held_out)
     digest = _digest(pixels, conditions)
-    return Dataset(pixels, conditions, digest, train, held_out, flip=config.flip, notes=tuple(source.notes))
+    return Dataset(pixels, conditions, digest, train, held_out, flip=config.flip, notes=tuple(notes))
 
 
 def conditions_in(config: DataConfig) -> frozenset[str]:
@@ -210,10 +183,5 @@ def split_rows(rows: int, share: float) -> tuple[npt.NDArray[np.int64], npt.NDAr
 def _digest(pixels: Pixels, conditions: dict[str, Condition]) -> str:
     digest = hashlib.blake2b(pixels.digest.encode(), digest_size=16)
     for name, condition in sorted(conditions.items()):
-        digest.update(name.encode())
-        if isinstance(condition, Labels):
-            digest.update(json.dumps(condition.names).encode())
-            digest.update(condition.numbers.tobytes())
-        elif isinstance(condition, Texts):
-            digest.update(json.dumps(condition.texts).encode())
+        digest.update(f"{name} {condition.fingerprint()}".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from limner.data.listing import Listing
 from limner.data.metadata import Record, read_metadata
+from limner.data.pairs import paired
 from limner.data.roles import LABEL_NAMES
 from limner.data.sources import (
+    Absent,
     Column,
     Encoded,
     FileSpan,
@@ -33,12 +35,14 @@ LABEL = "label"
 
 @dataclass
 class FolderSource(Source):
-    """Pictures as files. `files` are relative to `root`; `places` is where metadata speaks of each, if there is any."""
+    """Pictures as files. `files` are relative to `root`; `places` is where metadata speaks of each, if there is any;
+    `overlays` are the files that lie on the pictures, by role."""
 
     root: Path
     files: list[str]
     places: list[Place] | None = None
     table: dict[str, list[Any]] = field(default_factory=dict)
+    overlays: dict[str, list[str | None]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -46,12 +50,20 @@ class FolderSource(Source):
     def place(self, row: int) -> Place:
         return self.places[row] if self.places is not None else self.picture_place(row)
 
-    def picture_place(self, row: int) -> Place:
-        return Place(str(self.root / self.files[row]))
+    def picture_place(self, row: int, column: str | None = None) -> Place:
+        file = self.overlays[column][row] if column in self.overlays else None
+        return Place(str(self.root / (file or self.files[row])))
 
     def pictures(self, column: str) -> Iterator[Encoded]:
         if column == IMAGE:
             yield from (FileSpan(self.root / file) for file in self.files)
+        elif column in self.overlays:
+            for file in self.overlays[column]:
+                yield (
+                    Absent(f"has no {column.replace('_', ' ')} beside it")
+                    if file is None
+                    else FileSpan(self.root / file)
+                )
         else:  # a metadata column of paths
             for row, value in enumerate(self.table[column]):
                 yield encoded(value, Path(self.place(row).file).parent)
@@ -60,7 +72,8 @@ class FolderSource(Source):
         return self.table[column]
 
     def fingerprint(self) -> str:
-        return stat_digest(self.root / file for file in self.files)
+        files = [*self.files, *(file for column in self.overlays.values() for file in column if file)]
+        return stat_digest(self.root / file for file in files)
 
 
 @dataclass(frozen=True)
@@ -93,10 +106,16 @@ def folder_splits(listing: Listing, tell: Tell) -> dict[str, Callable[[], Source
 
 
 def _source(root: Path, split: str, part: _Part, tell: Tell) -> FolderSource:
+    pairs = paired(root, part.pictures)
+    part = replace(part, pictures=pairs.pictures)
     if part.metadata:
-        return _with_metadata(root, split, part, tell)
-    source = FolderSource(str(root), split, {IMAGE: Column(IMAGE, "image")}, root=root, files=part.pictures)
-    _label_by_folder(source, part.depth)
+        source = _with_metadata(root, split, part, tell)
+    else:
+        source = FolderSource(str(root), split, {IMAGE: Column(IMAGE, "image")}, root=root, files=part.pictures)
+        _label_by_folder(source, part.depth)
+    source.overlays = {role: column for role, column in pairs.columns(source.files).items()
+                       if role not in source.columns}  # fmt: skip
+    source.columns |= {role: Column(role, "image") for role in source.overlays}
     return source
 
 

@@ -80,6 +80,10 @@ class Pixels:
             batch[view.mirror] = batch[view.mirror][..., ::-1]
         return batch
 
+    def highest(self, but: int) -> int:
+        """The highest value of all pixels, `but` left out; 0 where there is no other."""
+        return int(np.flatnonzero(np.delete(np.bincount(self._flat, minlength=256), but)).max(initial=0))
+
     def corners(self, rows: npt.NDArray[np.int64], view: View) -> npt.NDArray[np.int64]:
         """(B, 2): top and left of what a view shows of each picture."""
         slack = self.shapes[rows] - self.size
@@ -90,10 +94,12 @@ class Pixels:
         height, width = self.size
         batch = np.empty((len(rows), self.channels, height, width), dtype=np.uint8)
         for position, (row, (top, left)) in enumerate(zip(rows.tolist(), corners.tolist(), strict=True)):
-            flat = self._flat[self._starts[row] : self._starts[row + 1]]
-            whole = flat.reshape(self.channels, *self.shapes[row])
-            batch[position] = whole[:, top : top + height, left : left + width]
+            batch[position] = self.whole(row)[:, top : top + height, left : left + width]
         return batch
+
+    def whole(self, row: int) -> npt.NDArray[np.uint8]:
+        """One picture with its margins (C, h, w), not a copy."""
+        return self._flat[self._starts[row] : self._starts[row + 1]].reshape(self.channels, *self.shapes[row])
 
 
 def decode_all(source: Source, column: str, config: DataConfig, progress: Progress | None = None) -> Pixels:
@@ -108,8 +114,11 @@ def decode_all(source: Source, column: str, config: DataConfig, progress: Progre
 class Decoder(Protocol):
     """Makes an array (C, H, W) of the bytes of a row's pictures, one of each column. Raises PictureError."""
 
-    size: tuple[int, int] | None
-    channels: int
+    @property
+    def size(self) -> tuple[int, int] | None: ...
+
+    @property
+    def channels(self) -> int: ...
 
     def __call__(self, *data: bytes) -> transforms.Pixels: ...
 

@@ -16,11 +16,19 @@ from limner.errors import LimnerError, suggest
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "pixel_values", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "category", "cls", "target", "class_name", "fine_label", "y")
 TEXT_NAMES = ("text", "caption", "prompt", "description", "txt", "title")
+MAP_NAMES = ("semantic_map", "segmentation", "segmentation_map", "annotation", "seg", "seg.png", "map.png")
+MASK_NAMES = ("mask", "mask.png", "inpainting_mask")
+BOXES_NAMES = ("objects", "boxes", "layout")
+MADE = ("image", "mask", "boxes", "variation")
+"""Conditions that need no column of their own: they can be made of the pictures, boxes of the semantic maps."""
 _NOT_CAPTIONS = ("file_name", "filename", "path", "file", "url", "id", "key", "__key__", "__url__", "split")
 _FITTING: dict[str, tuple[Kind, ...]] = {
     "image": ("image", "text"),
     "label": ("class", "integer", "text", "number"),
     "text": ("text", "class"),
+    "map": ("image", "text"),
+    "mask": ("image", "text"),
+    "boxes": ("other",),
 }
 
 MISSING = -1
@@ -34,28 +42,51 @@ class Roles:
     image: str
     label: str | None
     text: str | None
+    semantic_map: str | None = None
+    mask: str | None = None
+    boxes: str | None = None
 
 
 def find_roles(source: Source, config: DataConfig, wants: Collection[str] = ()) -> Roles:
     """The columns named by the config, else found by type and name.
 
     Raises LimnerError when there is no picture column, a named column does not exist or holds something else, or one
-    of `wants` ("label", "text") has no column.
+    of `wants` ("label", "text", "semantic_map", ...) has no column and cannot be made.
     """
     image, label = image_role(source, config), label_role(source, config)
-    text = text_role(source, config, label)
-    for want, found in (("label", label), ("text", text)):
-        if want in wants and found is None:
-            have = ", ".join(source.columns)
-            raise LimnerError(f"{source.name}: no {want} column among {have}; name it with data.{want}_column")
-    return Roles(image, label, text)
+    roles = Roles(image, label, text_role(source, config, label), *spatial_roles(source, config))
+    for want in wants:
+        if want not in MADE and getattr(roles, want) is None:
+            _refuse_missing(source, want, want.removeprefix("semantic_"))
+    if "boxes" in wants and roles.boxes is None and roles.semantic_map is None:
+        _refuse_missing(source, "boxes", "boxes")
+    return roles
+
+
+def _refuse_missing(source: Source, want: str, option: str) -> None:
+    have = ", ".join(source.columns)
+    raise LimnerError(f"{source.name}: no {want} column among {have}; name it with data.{option}_column")
+
+
+def spatial_roles(source: Source, config: DataConfig) -> tuple[str | None, str | None, str | None]:
+    """The columns of semantic maps, masks and boxes. Raises LimnerError for a wrong one in the config."""
+    found = []
+    for role, named, names, kind in (
+        ("map", config.map_column, MAP_NAMES, "image"),
+        ("mask", config.mask_column, MASK_NAMES, "image"),
+        ("boxes", config.boxes_column, BOXES_NAMES, "other"),
+    ):
+        columns = (name for name in names if name in source.columns and source.columns[name].kind == kind)
+        found.append(next(columns, None) if named is None else _named(source, named, role))
+    return found[0], found[1], found[2]
 
 
 def image_role(source: Source, config: DataConfig) -> str:
     """The picture column. Raises LimnerError when there is none, or no way to choose."""
     if config.image_column is not None:
         return _named(source, config.image_column, "image")
-    names = [column.name for column in source.columns.values() if column.kind == "image"]
+    overlays = set(spatial_roles(source, config))
+    names = [c.name for c in source.columns.values() if c.kind == "image" and c.name not in overlays]
     known = [name for name in IMAGE_NAMES if name in names]
     if known or len(names) == 1:
         return (known or names)[0]

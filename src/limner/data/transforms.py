@@ -65,9 +65,9 @@ class Recipe:
     ground: tuple[int, int, int] = (255, 255, 255)
     margins: bool = False
 
-    def __call__(self, data: bytes) -> Pixels:
+    def __call__(self, *data: bytes) -> Pixels:
         """uint8 (C, H, W) of an encoded picture. Raises PictureError."""
-        image = decoded(data, self.size)
+        image = decoded(data[0], self.size)
         try:
             image = flattened(image, self.channels, self.ground)
             if self.size is not None:
@@ -161,7 +161,8 @@ def flattened(image: Image.Image, channels: int, ground: tuple[int, int, int]) -
     return image if image.mode == mode else image.convert(mode)
 
 
-def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fitted(image: Image.Image, size: tuple[int, int],
+           how: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:  # fmt: skip
     """The centre of the picture in the shape of `size` (height, width), resized to it, antialiased (Lanczos).
 
     Transparent pictures are resized premultiplied, so that what lies under clear pixels doesn't bleed.
@@ -173,16 +174,18 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     cut_w, cut_h = min(width / scale, image.width), min(height / scale, image.height)
     left, top = (image.width - cut_w) / 2, (image.height - cut_h) / 2
     box = (left, top, min(left + cut_w, image.width), min(top + cut_h, image.height))
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    gap = None if how == Image.Resampling.NEAREST else 3.0
+    return image.resize((width, height), how, box=box, reducing_gap=gap)
 
 
-def covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def covering(image: Image.Image, size: tuple[int, int],
+             how: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:  # fmt: skip
     """The picture resized to cover (height, width) just so; a side longer than 4 times `size` is cut to its centre."""
     height, width = size
     scale = max(height / image.height, width / image.width)
     cover_h = min(max(height, round(image.height * scale)), _MARGIN * height)
     cover_w = min(max(width, round(image.width * scale)), _MARGIN * width)
-    return fitted(image, (cover_h, cover_w))
+    return fitted(image, (cover_h, cover_w), how)
 
 
 def array(image: Image.Image) -> Pixels:

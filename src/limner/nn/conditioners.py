@@ -49,6 +49,20 @@ class Embedded:
             _cat([p.spatial for p in parts if p.spatial is not None], 1),
         )
 
+    @staticmethod
+    def lerp(first: Embedded, last: Embedded, share: Tensor) -> Embedded:
+        """(N,) ways between two batches of one. Tokens that only one of them has count all along."""
+
+        def between(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            if a is None or b is None:
+                return None
+            return torch.lerp(a, b, share.to(a).view(-1, *(1,) * (a.ndim - 1)))
+
+        masks = [part.token_mask for part in (first, last)]
+        mask = None if masks[0] is None or masks[1] is None else (masks[0] | masks[1]).expand(len(share), -1)
+        return Embedded(between(first.vector, last.vector), between(first.tokens, last.tokens), mask,
+                        between(first.spatial, last.spatial))  # fmt: skip
+
     def padded(self, length: int) -> Embedded:
         """The same with tokens padded to `length`, and a mask."""
         if self.tokens is None:
@@ -115,8 +129,10 @@ class Conditioner(nn.Module):
             if name in values and hasattr(module, "learn"):
                 module.learn(values[name])  # pyright: ignore[reportCallIssue]
 
-    def forward(self, cond: Mapping[str, Any], batch: int, drop: Mapping[str, Tensor] | None = None) -> Embedded:
-        """cond: by modality, an absent one is null; drop: rows (B,) bool to treat as absent, by modality.
+    def forward(self, cond: Mapping[str, Any], batch: int, drop: Mapping[str, Tensor] | None = None,
+                size: tuple[int, int] | None = None) -> Embedded:  # fmt: skip
+        """cond: by modality, an absent one is null; drop: rows (B,) bool to treat as absent, by modality; size: (H, W)
+        of x_t, where it isn't that of training.
 
         Raises LimnerError for a modality that the model wasn't trained with.
         """
@@ -124,6 +140,8 @@ class Conditioner(nn.Module):
             if name not in self.modalities:
                 raise LimnerError(f"condition '{name}': this model has none such{suggest(name, self.modalities)}")
         drop = drop or {}
-        return Embedded.merge(
-            [module(cond.get(name), batch, drop.get(name)) for name, module in self.modalities.items()]
-        )
+        parts = []
+        for name, module in self.modalities.items():
+            where = {"size": size} if hasattr(module, "spatial_channels") else {}
+            parts.append(module(cond.get(name), batch, drop.get(name), **where))
+        return Embedded.merge(parts)

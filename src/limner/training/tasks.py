@@ -59,7 +59,7 @@ class DiffusionTask(Task):
                drop: Mapping[str, Tensor]) -> LossTerms:  # fmt: skip
         x0 = encoded(batch, self.config)
         eps = part.noise(seed, tuple(x0.shape[1:]), x0.device)
-        cond = {section.kind: batch[section.kind] for section in self.config.conditions}
+        cond = self.config.conditions_in(batch)
         return self.loss(lambda x, time, _: model(x, time, cond, drop), x0, eps, t)
 
     def _dropped(self, part: Part) -> dict[str, Tensor]:
@@ -180,16 +180,17 @@ def hidden_weights(model: build.Model) -> list[str]:
 
 def preview_options(config: RunConfig, data: Source) -> tuple[dict[str, Any], list[str]]:
     """What `Generator.sample` is asked for in a preview, and the captions: the classes in rotation, or the conditions
-    of the first held-out rows."""
+    of the first held-out rows, as `data.batch` gives them."""
     count, kinds = config.training.previews, [section.kind for section in config.conditions]
     if not kinds:
         return {"guidance": 1.0}, [""] * count
     if kinds == ["label"]:
         names = config.classes or ()
         return {}, [names[number % len(names)] for number in range(count)]
-    batch = data.batch(np.concatenate([data.held_out, data.train])[:count])
-    options = {kind: batch[kind] for kind in kinds}
-    return options, list(options["text"])
+    rows = np.concatenate([data.held_out, data.train])[:count]
+    asked = config.conditions_in(data.batch(rows))
+    label_names = [(config.classes or ())[k] for k in asked["label"].tolist()] if "label" in asked else [""] * len(rows)
+    return {"conditions": asked}, list(asked.get("text", label_names))
 
 
 def _loss(config: RunConfig) -> DiffusionLoss:

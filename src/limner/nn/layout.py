@@ -1,0 +1,145 @@
+"""Conditions that are few things in a picture, as tokens: boxes of a layout, and another picture as features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limner.errors import LimnerError
+from limner.nn.conditioners import Embedded
+from limner.nn.text import TextBlock, pooled
+
+FREQUENCIES = 8
+"""Sines and cosines of each coordinate of a box, at 2^k half turns over the picture."""
+
+
+class Tokens(nn.Module):
+    """What such conditions share: tokens of width D, one learned token for an absent condition, a pooled vector."""
+
+    def __init__(self, width: int, emb_channels: int | None) -> None:
+        super().__init__()
+        self.token_channels = width
+        self.null = nn.Parameter(torch.randn(width))
+        self.pool = nn.Linear(width, emb_channels) if emb_channels else None
+
+    def embedded(self, tokens: Tensor, mask: Tensor, absent: Tensor) -> Embedded:
+        """tokens (B, L, D) with mask (B, L); rows of `absent` (B,) become the null token."""
+        first = torch.arange(tokens.shape[1], device=tokens.device) == 0
+        tokens = torch.where(absent[:, None, None], self.null.to(tokens.dtype), tokens)
+        mask = torch.where(absent[:, None], first, mask)
+        return Embedded(None if self.pool is None else self.pool(pooled(tokens, mask)), tokens, mask)
+
+    def nothing(self, batch: int, drop: Tensor | None, given: bool) -> Tensor:
+        """Rows (B,) bool whose condition is absent."""
+        device = self.null.device
+        if not given:
+            return torch.ones(batch, dtype=torch.bool, device=device)
+        return torch.zeros(batch, dtype=torch.bool, device=device) if drop is None else drop.to(device)
+
+
+class BoxesConditioner(Tokens):
+    """(class, x, y, w, h) of each thing as a token, through a transformer, so that each knows of the others (Rombach et
+    al. 2022, section 4.3.1: layout-to-image; theirs are discrete tokens of the corners, these are Fourier features).
+
+    An empty layout, a picture of nothing, is a token of its own, and isn't the same as an absent one.
+    classes: K. most: tokens of a picture. emb_channels: width of the pooled vector; None: tokens only.
+    """
+
+    def __init__(self, classes: int, width: int, depth: int, most: int, *, head_dim: int = 64,
+                 emb_channels: int | None = None) -> None:  # fmt: skip
+        super().__init__(width, emb_channels)
+        self.classes, self.most = classes, most
+        self.table = nn.Embedding(classes + 1, width)  # the last: an empty layout
+        self.place = nn.Linear(4 * 2 * FREQUENCIES, width)
+        heads, head_dim = max(1, width // head_dim), min(head_dim, width)
+        self.blocks = nn.ModuleList(
+            TextBlock(width, heads, head_dim, 4 * width, "gelu", bias=False, causal=False) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, boxes: Tensor | None, batch: int, drop: Tensor | None = None) -> Embedded:
+        """boxes: float (B, M, 5), class and x, y, w, h in 0..1, filled up with class -1; M above `most` is cut; or
+        None. drop (B,) bool marks rows to treat as absent. Raises LimnerError for another shape or class."""
+        absent = self.nothing(batch, drop, boxes is not None)
+        device = self.null.device
+        if boxes is None:
+            boxes = torch.full((batch, self.most, 5), -1.0, device=device)
+        if boxes.ndim != 3 or boxes.shape[0] != batch or boxes.shape[2] != 5:
+            raise LimnerError(f"boxes: shape {tuple(boxes.shape)} should be ({batch}, M, 5)")
+        boxes = F.pad(boxes.to(device).float()[:, : self.most], (0, 0, 0, max(0, self.most - boxes.shape[1])), value=-1)
+        number = boxes[..., 0].long()
+        if int(number.max()) >= self.classes:
+            raise LimnerError(f"boxes: class {int(number.max())}, there are {self.classes}, from 0 on")
+        there = number >= 0
+        empty = ~there.any(1)
+        number = torch.where(there, number, self.classes)
+        x = self.table(number) + self.place(fourier(boxes[..., 1:])) * there[..., None]
+        mask = there | (empty[:, None] & (torch.arange(self.most, device=device) == 0))
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.embedded(self.norm(x), mask, absent)
+
+
+def fourier(places: Tensor) -> Tensor:
+    """(..., n) in 0..1 to sines and cosines (..., 2 n FREQUENCIES) (Mildenhall et al. 2020, eq. 4)."""
+    angles = places[..., None] * math.pi * 2.0 ** torch.arange(FREQUENCIES, device=places.device)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+class VariationConditioner(Tokens):
+    """Another picture as a frozen feature network sees it: tokens of places, a vector of all of them (as in Ramesh et
+    al. 2022, 2204.06125, section 3.1, where CLIP sees it). The network's weights are no part of this module's state.
+
+    features: (B, 3, side, side) in [-1, 1] -> (B, F, h, w). grid: tokens along a side; few of them keep what the
+    picture shows and lose where each pixel was.
+    """
+
+    def __init__(self, features: Callable[[Tensor], Tensor], channels: int, width: int, side: int, grid: int,
+                 emb_channels: int | None) -> None:  # fmt: skip
+        super().__init__(width, emb_channels)
+        self.features, self.side, self.grid = features, side, grid
+        self.project = nn.Linear(channels, width)
+        self.position = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, variation: Tensor | None, batch: int, drop: Tensor | None = None) -> Embedded:
+        """variation: pictures (B, C, H, W) in [-1, 1], or None; drop (B,) bool marks rows to treat as absent."""
+        absent = self.nothing(batch, drop, variation is not None)
+        if variation is None:
+            tokens = self.position.new_zeros(batch, self.grid**2, self.token_channels)
+        else:
+            tokens = self.norm(self.project(self._seen(variation)) + self.position)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return self.embedded(tokens, mask, absent)
+
+    @torch.no_grad()
+    def _seen(self, pictures: Tensor) -> Tensor:
+        """Features (B, grid^2, F), standardised over their channels."""
+        if pictures.ndim != 4 or pictures.shape[1] not in (1, 3, 4):
+            raise LimnerError(f"variation: shape {tuple(pictures.shape)} should be (B, C, H, W)")
+        square = F.interpolate(pictures.to(self.null.device).float(), (self.side, self.side), mode="bilinear",
+                               antialias=True)  # fmt: skip
+        maps = F.adaptive_avg_pool2d(self.features(square).float(), self.grid)
+        return F.layer_norm(maps.flatten(2).transpose(1, 2), maps.shape[1:2])
+
+
+@lru_cache(maxsize=2)
+def lite0_features(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """EfficientNet-Lite0's map at stride 16, 112 channels, one network for all who ask."""
+    from limner.nn.perceptual import Lite0Features
+
+    network = Lite0Features().eval().requires_grad_(False).to(device)
+    return lambda x: network(x)[-1]
+
+
+LITE0_CHANNELS = 112
+
+
+def see_lite0(x: Tensor) -> Tensor:
+    """(B, C, side, side) in [-1, 1] -> (B, 112, side / 16, side / 16)."""
+    return lite0_features(x.device)(x)
