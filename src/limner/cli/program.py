@@ -17,8 +17,10 @@ from limner.cli.check import check
 from limner.cli.console import DONE, OUR_FAULT, STOPPED, WRONG_INPUT
 from limner.cli.convert import convert
 from limner.cli.evaluate import evaluate
+from limner.cli.experiment import app as experiment
 from limner.cli.reconstruct import reconstruct
 from limner.cli.sample import sample
+from limner.cli.studio import studio
 from limner.cli.train import train
 from limner.errors import LimnerError
 
@@ -52,8 +54,9 @@ def _limner(
         context.get_help()
 
 
-for _command in (train, sample, reconstruct, evaluate, check, convert):
+for _command in (train, sample, reconstruct, evaluate, check, convert, studio):
     app.command()(_command)
+app.add_typer(experiment, name="experiment")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,14 +6,12 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from limner.errors import LimnerError
 from limner.evaluation.plots import rendered
-from limner.evaluation.report import Report, Sheet, described, sweep_table
+from limner.evaluation.report import Report, Sheet, described, sweep_table, written
 from limner.outputs import png
 
 _STYLE = """
@@ -32,13 +30,8 @@ figcaption { font-size: 12px; overflow-wrap: anywhere }
 
 def write(reports: Report | Mapping[float, Report], path: str | Path, *, swept: str = "guidance") -> Path:
     """Write one report, or those of a sweep by scale. Raises LimnerError when the file cannot be written."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(html(reports, swept=swept), encoding="utf-8")
-    except OSError as error:
-        raise LimnerError(f"{path}: cannot be written ({error.strerror or error})") from None
-    return target
+    written(html(reports, swept=swept), path)
+    return Path(path)
 
 
 def html(reports: Report | Mapping[float, Report], *, swept: str = "guidance") -> str:
@@ -49,11 +42,16 @@ def html(reports: Report | Mapping[float, Report], *, swept: str = "guidance") -
         ordered = dict(sorted(reports.items()))
         first = next(iter(ordered.values()))
         header, rows = sweep_table(ordered)
-        plot = _image(rendered(ordered, "png", swept=swept), f"the figures by {swept} scale", "plot")
-        body = [_heading(first), _table((f"{swept} scale", *header[1:]), rows, numbers=range(len(header))), plot]
+        plot = image(rendered(ordered, "png", swept=swept), f"the figures by {swept} scale", "plot")
+        body = [_heading(first), table((f"{swept} scale", *header[1:]), rows, numbers=range(len(header))), plot]
         for scale, report in ordered.items():
             body += [f"<h2>{escape(swept)} {scale:g}</h2>", *_one(report)]
-    head = f'<meta charset="utf-8"><title>Limner: evaluation</title><style>{_STYLE}</style>'
+    return document("evaluation", body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page of parts that are HTML already; it needs no other file."""
+    head = f'<meta charset="utf-8"><title>Limner: {escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 
@@ -64,11 +62,12 @@ def _heading(report: Report) -> str:
 def _one(report: Report) -> list[str]:
     warnings = [f'<p class="warning">{escape(text)}</p>' for text in report.warnings]
     about = "".join(f"<li>{escape(line)}</li>" for line in described(report.about))
-    parts = [*warnings, _table(Report.HEADER, report.table(), numbers=(1, 2, 3)), f"<ul>{about}</ul>"]
+    parts = [*warnings, table(Report.HEADER, report.table(), numbers=(1, 2, 3)), f"<ul>{about}</ul>"]
     return parts if report.sheet is None else [*parts, _sheet(report.sheet)]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int]) -> str:
+    """A table of texts; `numbers`: columns that are set to the right."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     lines = []
     for row in rows:
@@ -92,9 +91,10 @@ def _sheet(sheet: Sheet) -> str:
 
 
 def _picture(pixels: npt.NDArray[np.uint8], words: str) -> str:
-    return _image(png(pixels), words)
+    return image(png(pixels), words)
 
 
-def _image(data: bytes, words: str, kind: Any = None) -> str:
+def image(data: bytes, words: str, kind: str | None = None) -> str:
+    """A PNG inside the page. kind: `plot` for one that is as wide as the page allows."""
     style = f' class="{kind}"' if kind else ""
     return f'<img{style} alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from limner.evaluation.report import Figure, Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
+SIZE = (8.4, 3.6)
+Draw = Callable[["Canvas"], None]
 _DISTANCES, _SCORES = ("FID", "FD"), ("IS",)
 
 
@@ -22,28 +24,38 @@ def trade_off(reports: Mapping[float, Report], path: str | Path, *, swept: str =
     Left: Fréchet distance and score by scale, with their intervals. Right: precision against recall, a point a scale,
     the trade-off of Dhariwal & Nichol 2021, figure 4. Raises LimnerError when it cannot be written.
     """
-    base = Path(path).with_suffix("")
-    written = [base.with_suffix(suffix) for suffix in (".png", ".svg")]
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        for target in written:
-            target.write_bytes(rendered(reports, target.suffix[1:], swept=swept))
-    except OSError as error:
-        raise LimnerError(f"{base}: cannot be written ({error.strerror or error})") from None
-    return written
+    return saved(lambda canvas: _draw(canvas, dict(sorted(reports.items())), swept), path)
 
 
 def rendered(reports: Mapping[float, Report], form: str, *, swept: str = "guidance") -> bytes:
     """The same as bytes of a PNG or SVG."""
+    return painted(lambda canvas: _draw(canvas, dict(sorted(reports.items())), swept), form)
+
+
+def saved(draw: Draw, path: str | Path, size: tuple[float, float] = SIZE) -> list[Path]:
+    """What `draw` puts on a canvas, as `.png` and `.svg`. Raises LimnerError when it cannot be written."""
+    base = Path(path).with_suffix("")
+    targets = [base.with_suffix(suffix) for suffix in (".png", ".svg")]
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for target in targets:
+            target.write_bytes(painted(draw, target.suffix[1:], size))
+    except OSError as error:
+        raise LimnerError(f"{base}: cannot be written ({error.strerror or error})") from None
+    return targets
+
+
+def painted(draw: Draw, form: str, size: tuple[float, float] = SIZE) -> bytes:
+    """What `draw` puts on a canvas of this (width, height) in inches, as bytes of a PNG or SVG, always the same."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "limner", "font.size": 9, "axes.spines.top": False}):
-        canvas = Canvas(figsize=(8.4, 3.6), layout="constrained")
+        canvas = Canvas(figsize=size, layout="constrained")
         FigureCanvasAgg(canvas)
-        _draw(canvas, dict(sorted(reports.items())), swept)
+        draw(canvas)
         canvas.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
     return buffer.getvalue()
 

@@ -42,12 +42,12 @@ class Figure:
     @property
     def interval(self) -> str:
         """Such as `3.1 to 3.6`."""
-        return "" if self.low is None or self.high is None else f"{_number(self.low)} to {_number(self.high)}"
+        return "" if self.low is None or self.high is None else f"{number(self.low)} to {number(self.high)}"
 
     def row(self) -> tuple[str, str, str, str, str]:
         """Name, value, interval, samples, notes, as text."""
         shown = f"{self.title or self.name} {_ARROWS[self.better]}".strip()
-        return shown, _number(self.value), self.interval, f"{self.n:,}", self.notes
+        return shown, number(self.value), self.interval, f"{self.n:,}", self.notes
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,15 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not a number becomes None."""
         figures = {name: asdict(figure) for name, figure in self.figures.items()}
-        return _jsonable({"figures": figures, "warnings": list(self.warnings), **self.about})
+        return jsonable({"figures": figures, "warnings": list(self.warnings), **self.about})
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON, also written to `path`."""
-        return _written(json.dumps(self.to_dict(), indent=2, ensure_ascii=False), path)
+        return written(json.dumps(self.to_dict(), indent=2, ensure_ascii=False), path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """A line a figure, with what it depends on beside it; also written to `path`."""
-        return _written(_csv([_csv_rows(self)]), path)
+        return written(csv_of(_csv_rows(self)), path)
 
 
 def sweep_table(reports: Mapping[float, Report]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -118,14 +118,14 @@ def sweep_table(reports: Mapping[float, Report]) -> tuple[tuple[str, ...], list[
     first = next(iter(reports.values()))
     names = [name for name in first.figures if all(name in report.figures for report in reports.values())]
     rows = [
-        (f"{value:g}", *(_number(report.figures[name].value) for name in names)) for value, report in reports.items()
+        (f"{value:g}", *(number(report.figures[name].value) for name in names)) for value, report in reports.items()
     ]
     return ("scale", *(f"{n} {_ARROWS[first.figures[n].better]}".strip() for n in names)), rows
 
 
 def sweep_csv(reports: Mapping[float, Report], path: str | Path | None = None) -> str:
     """All reports of a sweep in one CSV; also written to `path`."""
-    return _written(_csv([_csv_rows(report) for report in reports.values()]), path)
+    return written(csv_of([row for report in reports.values() for row in _csv_rows(report)]), path)
 
 
 def described(about: Mapping[str, Any]) -> list[str]:
@@ -139,7 +139,7 @@ def _words(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Four significant digits, no exponent where it can be helped."""
     if value is None or not math.isfinite(value):
         return "—"
@@ -163,8 +163,8 @@ def _csv_rows(report: Report) -> list[dict[str, Any]]:
     return [{key: getattr(figure, key) for key in keys} | shared for figure in report.figures.values()]
 
 
-def _csv(groups: Sequence[list[dict[str, Any]]]) -> str:
-    rows = [row for group in groups for row in group]
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV of rows by column, in which a column may be missing here and there."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
@@ -173,17 +173,19 @@ def _csv(groups: Sequence[list[dict[str, Any]]]) -> str:
     return buffer.getvalue()
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """The same of plain types, and what is not a number as None."""
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner) for key, inner in value.items()}
+        return {str(key): jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(inner) for inner in value]
+        return [jsonable(inner) for inner in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _written(text: str, path: str | Path | None) -> str:
+def written(text: str, path: str | Path | None) -> str:
+    """The text, also written to `path`. Raises LimnerError when that cannot be."""
     if path is not None:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -40,26 +40,25 @@ def evaluate(
     features: Any = "efficientnet-lite0",
     num: int | None = None,
     progress: Progress | None = None,
-    through: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None,
     **drawing: Any,
 ) -> Report:
     """Compare what a generator draws with real pictures; the arguments are those of `limner.evaluate`.
 
     A model of labels alone draws its classes in rotation; one that knows captions, maps or pictures draws for those of
-    the reference's rows, held-out ones first, unless `drawing` names conditions. through: sees the batches on their
-    way. Raises LimnerError: the model draws nothing, the reference lacks its conditions.
+    the reference's rows, held-out ones first, unless `drawing` names conditions. Raises LimnerError: the model draws
+    nothing, the reference lacks its conditions.
     """
     asked = {name: value for name, value in drawing.items() if name in SETTINGS}
     how = {**asdict(generator.settings(**asked)), "seed": drawing.get("seed", 0), "run": generator.digest}
     against = referred(generator, reference)
-    batches = drawn(generator, num or NUM, drawing, conditions_for(generator, against, drawing))
+    batches = drawn(generator, _share(num or NUM), drawing, conditions_for(generator, against, drawing))
     return compare(
-        batches if through is None else through(batches),
+        batches,
         against,
         features=features,
         num=num or NUM,
         settings=how,
-        trained_on=_trained_elsewhere(generator, against),
+        trained_on=trained_elsewhere(generator, against),
         progress=progress,
     )
 
@@ -86,17 +85,18 @@ def conditions_for(generator: Generator, reference: Any, drawing: Mapping[str, A
     return prepare(section, recipe.wants(generator.config), classes=generator.classes or None)
 
 
-def drawn(generator: Generator, num: int, drawing: Mapping[str, Any], data: Dataset | None = None) -> Iterator[Batch]:
-    """`num` pictures and what they were asked to show, batch by batch, as evaluation reads them.
+def drawn(generator: Generator, numbers: range, drawing: Mapping[str, Any],
+          data: Dataset | None = None) -> Iterator[Batch]:  # fmt: skip
+    """The pictures of these numbers and what they were asked to show, batch by batch, as evaluation reads them.
 
-    data: rows to draw for, held-out ones first, and again from the first when they are used up. Under torch.distributed
-    each process draws its own part.
+    data: rows to draw for, held-out ones first, and again from the first when they are used up. Picture k is the same
+    in whatever range it is drawn.
     """
     options = {"batch": BATCH, "first": 0, **drawing}
-    first, share = options.pop("first"), _share(num)
-    ahead = AHEAD * options["batch"] if data is not None else max(1, len(share))
-    for start in range(share.start, share.stop, ahead):
-        count = min(ahead, share.stop - start)
+    first = options.pop("first")
+    ahead = AHEAD * options["batch"] if data is not None else max(1, len(numbers))
+    for start in range(numbers.start, numbers.stop, ahead):
+        count = min(ahead, numbers.stop - start)
         cond = _rotated(generator, options, start, count) if data is None else _rows(generator, data, start, count)
         for made in generator.stream(num=count, first=first + start, **{**options, **cond}):
             yield to_uint8(generator.decode(made.latent)), facts_of(made.facts)
@@ -127,14 +127,14 @@ def _rotated(generator: Generator, options: Mapping[str, Any], start: int, count
 
 
 def _share(num: int) -> range:
-    """This process's part of `num` pictures."""
+    """The numbers of `num` pictures, or of this process's part of them under torch.distributed."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return range(num)
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return range(num * rank // processes, num * (rank + 1) // processes)
 
 
-def _trained_elsewhere(generator: Generator, reference: Any) -> DataConfig | None:
+def trained_elsewhere(generator: Generator, reference: Any) -> DataConfig | None:
     """The run's own data where the reference is another and captions are to be told apart."""
     own = generator.config.data
     if "text" not in generator.modalities or not isinstance(reference, DataConfig) or own.source is None:
