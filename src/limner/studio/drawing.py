@@ -58,7 +58,7 @@ def draw(generator: Generator, requests: Sequence[Request], guide: NoisyClassifi
         **options_of(requests[0], guide),
     )
     (drawn,) = stream
-    pixels = to_uint8(generator.decode(drawn.latent))
+    pixels = to_uint8(generator.finished(drawn))
     found, start = [], 0
     for request in requests:
         rows = range(start, start + request.num)

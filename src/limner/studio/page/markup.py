@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ def image(pixels: Pixels, alt: str, facts: Mapping[str, Any] | None = None, side
     scale = max(1.0, side / max(height, width))
     return (f'<img class="limner-picture" src="data:image/png;base64,{data}" alt="{escape(alt)}" '
             f'width="{round(width * scale)}" height="{round(height * scale)}">')  # fmt: skip
+
+
+def file(path: Path, alt: str) -> str:
+    """A PNG of the studio's own as an `img` that fits the page; nothing when it has gone meanwhile."""
+    try:
+        data = base64.b64encode(path.read_bytes()).decode()
+    except OSError:
+        return ""
+    return f'<img class="limner-sheet" src="data:image/png;base64,{data}" alt="{escape(alt)}">'
 
 
 def figure(picture: str, caption: str) -> str:
@@ -78,6 +88,7 @@ CSS = """
 .limner-figure { margin: 0; display: inline-block; vertical-align: top; }
 .limner-figure figcaption { font-size: 0.85rem; max-width: 9rem; overflow-wrap: anywhere; }
 .limner-figure figcaption { color: var(--body-text-color); }
+.limner-sheet { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
 .limner-row { display: flex; flex-wrap: wrap; gap: 0.6rem; margin: 0.4rem 0; }
 .limner-strip { overflow-x: auto; white-space: nowrap; padding: 0.3rem 0; }
 .limner-strip .limner-figure { margin-right: 0.5rem; }
@@ -89,5 +100,4 @@ CSS = """
 .limner-status, .limner-wrong { min-height: 1.6rem; color: var(--body-text-color); }
 .limner-wrong { border-left: 4px solid #d03030; padding: 0.3rem 0.6rem; }
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
-.limner-map { position: relative; display: inline-block; }
 """

@@ -12,8 +12,11 @@ from gradio.themes import Base
 
 from limner.studio.engine import Engine
 from limner.studio.page import markup
+from limner.studio.page.compare import Compare
 from limner.studio.page.draw import Draw
 from limner.studio.page.sessions import Sessions
+from limner.studio.page.understand import Understand
+from limner.studio.page.watch import Watch
 
 CACHE_S = 3600
 """How long files of the page are kept."""
@@ -39,7 +42,14 @@ def build(engine: Engine) -> gr.Blocks:
         with gr.Tabs():
             if names:
                 with gr.Tab("Draw"):
-                    _each(names, choice, lambda name: Draw(engine, sessions, name))
+                    drawing = _each(names, choice, lambda name: Draw(engine, sessions, name))
+                with gr.Tab("Compare"):
+                    _each(names, choice, lambda name: Compare(engine, sessions, name, drawing[name].controls))
+                with gr.Tab("Understand"):
+                    _each(names, choice, lambda name: Understand(engine, sessions, name, drawing[name].controls))
+            if engine.shelf.runs:
+                with gr.Tab("Watch"):
+                    Watch(engine.shelf.runs)
         page.unload(sessions.stop)
     return page
 
