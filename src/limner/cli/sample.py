@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from limner.cli import given
 from limner.cli.console import emit, progress
 from limner.errors import LimnerError
 from limner.outputs import Picture, writer
@@ -35,8 +36,36 @@ def sample(
     text: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A caption; several in rotation.")] = None,
     text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Captions, one a line.")] = None,
     num: Annotated[int | None, typer.Option(min=1, help=f"How many. Default: {DEFAULT_NUM}, or one a caption.")] = None,
+    negative_text: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What guidance moves away from, instead of from nothing.")
+    ] = None,
+    condition: Annotated[
+        Path | None, typer.Option(metavar="PNG|DIR", help="A semantic map, or a folder: a picture for each.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE|DIR", help="To enlarge, to vary, to paint in, or to start from.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE|DIR", help="With --image: white is painted anew, the rest is kept.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(metavar="T", help="With --image: how far to noise it before drawing, 0 to 1.")
+    ] = None,
+    boxes: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="A list of [class, x, y, w, h] in 0..1, or several such.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="The canvas, where it isn't that of training: 192x144.")
+    ] = None,
+    to_seed: Annotated[int | None, typer.Option(help="Go from --seed to this one, picture by picture.")] = None,
+    to_text: Annotated[str | None, typer.Option(metavar="TEXT", help="Go from --text to this caption.")] = None,
+    to_label: Annotated[str | None, typer.Option(metavar="NAME", help="Go from --label to this one.")] = None,
     guidance: Annotated[
-        float | None, typer.Option(metavar="S", help="Classifier-free scale; 1 is off. Default: the run's own.")
+        str | None,
+        typer.Option(metavar="S", help="Classifier-free scale, 1 is off; or one by condition: text=5,boxes=2."),
+    ] = None,
+    composition: Annotated[
+        str | None, typer.Option(help="How scales by condition add up: chain (each given those before) or sum.")
     ] = None,
     interval: Annotated[
         str | None, typer.Option(metavar="LO,HI", help="Guide only at times in this range; 0 is data, 1 noise.")
@@ -78,6 +107,9 @@ def sample(
       limner sample runs/emoji --label "Food & Drink" --guidance 3 --out food.png
       limner sample runs/cifar --label cat,dog --num 1000 --out samples.npz
       limner sample runs/uncond --classifier runs/guide --out guided.png
+      limner sample runs/streets --condition maps/ --out streets/
+      limner sample runs/emoji --image photo.png --mask hole.png --out painted.png
+      limner sample runs/emoji --text "a heart" --to-text "a star" --num 8 --out way.png
     """
     from limner import api
 
@@ -86,8 +118,13 @@ def sample(
     for note in (*gen.notes, *(() if guide is None else guide.notes)):
         print(f"limner: {note}", file=sys.stderr)
     captions = _captions(text, text_file)
-    given = {
-        "guidance": guidance,
+    canvas = given.size_of(size)
+    files = given.conditions_of(
+        gen, condition=condition, image=image, mask=mask, boxes=boxes, strength=strength, size=canvas
+    )
+    chosen = {
+        "guidance": given.guidance_of(guidance),
+        "composition": composition,
         "interval": None if interval is None else _interval(interval),
         "rescale": rescale,
         "classifier_scale": 1.0 if guide is not None and classifier_scale is None else classifier_scale,
@@ -96,28 +133,48 @@ def sample(
         "spacing": spacing,
         "eta": eta,
     }
-    count = num or max(DEFAULT_NUM, len(captions or ()))
-    settings = gen.settings(**given)
-    recipe = _recipe(gen, run, settings, seed, None if guide is None else guide.digest)
+    labels = _labels(label, gen.classes or getattr(guide, "classes", ()))
+    lists = [values for name, values in files.items() if name != "boxes"]
+    count = num or (max(map(len, lists)) if lists else max(DEFAULT_NUM, len(captions or ())))
+    settings = gen.settings(**chosen)
+    asked = {"strength": strength, "size": canvas, "condition": condition, "image": image, "mask": mask}
+    recipe = _recipe(gen, run, settings, seed, None if guide is None else guide.digest, asked)
+    ends = _ends(seed, to_seed, {"text": (captions, to_text), "label": (labels, to_label)})
     began = time.monotonic()
     with (
         writer(out, num=count, recipe=recipe, overwrite=overwrite) as sink,
         progress("sampling") as tell,
     ):
-        for drawn in gen.stream(
-            num=count,
-            label=_labels(label, gen.classes or getattr(guide, "classes", ())),
-            text=captions,
-            seed=seed,
-            batch=batch,
-            classifier=guide,
-            on_step=_counter(tell, count, batch),
-            **given,
-        ):
-            sink.add(_pictures(gen, drawn))
+        how = {"batch": batch, "on_step": _counter(tell, count, batch), "classifier": guide, "size": canvas}
+        options = how | chosen
+        if ends is not None:
+            if files:
+                raise LimnerError(f"--to-seed, --to-text, --to-label: don't go with --{next(iter(files))}")
+            frames = gen.interpolate(num=count, output="array", **ends, **options)
+            sink.add([Picture(number, pixels) for number, pixels in enumerate(frames)])
+        else:
+            for drawn in gen.stream(num=count, label=labels, text=captions, negative_text=negative_text, seed=seed,
+                                    strength=strength, **files, **options):  # fmt: skip
+                sink.add(_pictures(gen, drawn))
     seconds = time.monotonic() - began
     facts = {"out": out, "num": count, "seconds": seconds, "images_per_s": count / seconds, **recipe}
     emit(facts, [f"{out}: {count} pictures in {seconds:.1f} s ({count / seconds:.1f} a second)"], json)
+
+
+def _ends(seed: int, to_seed: int | None,
+          pairs: dict[str, tuple[list[str] | None, str | None]]) -> dict[str, Any] | None:  # fmt: skip
+    """Keywords of `Generator.interpolate`, or None where no way is asked for."""
+    ways: dict[str, Any] = {}
+    for name, (start, end) in pairs.items():
+        if end is not None:
+            if not start or len(start) != 1:
+                raise LimnerError(f"--to-{name} {end}: goes with one --{name} to start from")
+            ways[name] = (start[0], end)
+        elif start and (to_seed is not None or any(other is not None for _, other in pairs.values())):
+            ways[name] = (start[0], start[0])
+    if to_seed is None and not any(end is not None for _, end in pairs.values()):
+        return None
+    return {**ways, "seed": (seed, seed if to_seed is None else to_seed)}
 
 
 def _generator(loaded: Any, run: str) -> Generator:
@@ -162,9 +219,12 @@ def _interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _recipe(gen: Generator, run: str, settings: Settings, seed: int, guide_digest: str | None) -> dict[str, Any]:
+def _recipe(gen: Generator, run: str, settings: Settings, seed: int, guide_digest: str | None,
+            asked: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
     """What is needed to draw the same again; it goes into every PNG."""
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
     facts = {"run": run, "digest": gen.digest, "seed": seed, **asdict(settings), "classifier_digest": guide_digest}
+    facts |= asked
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -177,5 +237,5 @@ def _counter(tell: Callable[[int, int], None], num: int, batch: int) -> Callable
 def _pictures(gen: Generator, drawn: Drawn) -> list[Picture]:
     from limner.generator import to_uint8
 
-    pixels = to_uint8(gen.decode(drawn.latent))
+    pixels = to_uint8(gen.finished(drawn))
     return [Picture(*each) for each in zip(drawn.numbers, pixels, drawn.facts, strict=True)]
