@@ -57,3 +57,13 @@ def until(true: Callable[[], Any], patience_s: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < end, "it did not come true"
         time.sleep(0.005)
+
+
+def map_recipe() -> RunConfig:
+    """The same by semantic map."""
+    return recipe([{"kind": "semantic_map", "classes": ["sky", "road", "grass"], "width": 4}], classes=None)
+
+
+def hole_recipe() -> RunConfig:
+    """The same for painting in pictures."""
+    return recipe([{"kind": "mask"}], classes=None)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from limner.errors import LimnerError
 from limner.generator import Generator
 from limner.outputs import read_recipe
 from limner.settings import Settings
 
-CONDITIONS = ("label", "text", "negative_text")
+CONDITIONS = ("label", "text", "negative_text", "boxes")
 """Facts of a picture that are options of `Generator.stream`, one value a picture."""
+PICTURES = ("image", "mask", "semantic_map")
+"""The same, but for pictures: as PNG in base64."""
 
 
 def facts_of(generator: Generator, run: str, settings: Settings, seed: int,
@@ -24,6 +28,28 @@ def facts_of(generator: Generator, run: str, settings: Settings, seed: int,
     facts = {"run": run, "digest": generator.digest, "seed": seed, **asdict(settings)}
     facts["classifier_digest"] = classifier_digest
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def further_facts(conditions: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """What a picture was told beside its label, caption and boxes: pictures, and a caption to move away from."""
+    found = {name: as_text(conditions[name][row]) for name in PICTURES if name in conditions}
+    if "negative_text" in conditions:
+        found["negative_text"] = conditions["negative_text"][row]
+    return found
+
+
+def as_text(image: Image.Image) -> str:
+    """A picture as PNG in base64."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def from_text(text: str) -> Image.Image:
+    """The picture that `as_text` wrote. Raises ValueError or OSError for anything else."""
+    with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
+        image.load()
+        return image
 
 
 @dataclass(frozen=True)
@@ -42,11 +68,13 @@ class Repeat:
     conditions: Mapping[str, list[Any]]
     settings: Mapping[str, Any]
     classifier_digest: str | None = None
+    strength: float | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Keywords of `Generator.stream`, the classifier aside."""
-        return {"num": self.num, "seed": self.seed, "first": self.first, **self.conditions, **self.settings}
+        strength = {} if self.strength is None else {"strength": self.strength}
+        return {"num": self.num, "seed": self.seed, "first": self.first, **strength, **self.conditions, **self.settings}
 
     def check(self, generator: Generator, run: str) -> None:
         """Raises LimnerError unless this model drew it."""
@@ -82,11 +110,13 @@ class Repeat:
                 int(facts["seed"]),
                 numbers[0],
                 len(numbers),
-                {key: [each[key] for each in pictures] for key in CONDITIONS if key in pictures[0]},
+                {key: [each[key] for each in pictures] for key in CONDITIONS if key in pictures[0]}
+                | {key: [from_text(each[key]) for each in pictures] for key in PICTURES if key in pictures[0]},
                 {key: value for key, value in facts.items() if key in known},
                 facts.get("classifier_digest"),
+                facts.get("strength"),
             )
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError):
             raise LimnerError(
                 f"{name}: its recipe is damaged; it lacks what is needed to draw the picture again"
             ) from None

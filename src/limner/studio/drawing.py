@@ -16,11 +16,15 @@ from limner.errors import LimnerError
 from limner.generator import Generator, to_uint8
 from limner.guide import NoisyClassifier
 from limner.outputs import Picture
+from limner.redraw import further_facts
 from limner.studio.jobs import Request
 
 
 class StepNoises(Sequence[Tensor]):
-    """The noise of each step for pictures of several seeds, drawn when it is asked for: item k is (B, C, H, W)."""
+    """The noise of each step for pictures of several seeds, drawn when it is asked for: item k is (B, C, H, W).
+
+    There is noise beyond the last step too: a sampler that goes back and forth takes more than one a step.
+    """
 
     def __init__(self, requests: Sequence[Request], shape: tuple[int, ...], steps: int) -> None:
         self._parts = [step_noise(request.seed, request.numbers, shape) for request in requests]
@@ -36,8 +40,6 @@ class StepNoises(Sequence[Tensor]):
     def __getitem__(self, step: int | slice) -> Tensor | Sequence[Tensor]:
         if isinstance(step, slice):
             return [self[k] for k in range(*step.indices(self._steps))]
-        if not 0 <= step < self._steps:
-            raise IndexError(step)
         return torch.cat([part(step) for part in self._parts])
 
 
@@ -61,9 +63,9 @@ def draw(generator: Generator, requests: Sequence[Request], guide: NoisyClassifi
     pixels = to_uint8(generator.finished(drawn))
     found, start = [], 0
     for request in requests:
-        rows = range(start, start + request.num)
-        found.append([Picture(number, pixels[row], drawn.facts[row])
-                      for number, row in zip(request.numbers, rows, strict=True)])  # fmt: skip
+        told = [further_facts(request.conditions, row) for row in range(request.num)]
+        found.append([Picture(number, pixels[start + k], {**drawn.facts[start + k], **told[k]})
+                      for k, number in enumerate(request.numbers)])  # fmt: skip
         start += request.num
     return found
 
@@ -73,6 +75,8 @@ def options_of(request: Request, guide: NoisyClassifier | None) -> dict[str, Any
     settings: dict[str, Any] = {field.name: getattr(request.settings, field.name) for field in fields(request.settings)}
     if request.classifier:
         settings["classifier"] = guide
+    if request.strength is not None:
+        settings["strength"] = request.strength
     return settings
 
 

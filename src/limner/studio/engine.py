@@ -50,7 +50,7 @@ class Engine:
     # --- asking ---------------------------------------------------------------------------------------------------
 
     def request(self, *, model: str | None = None, num: int = 1, seed: int | None = None, first: int = 0,
-                conditions: Mapping[str, Any] | None = None, previews: int = 0,
+                conditions: Mapping[str, Any] | None = None, strength: float | None = None, previews: int = 0,
                 **settings: Any) -> Request:  # fmt: skip
         """A request, checked and complete. seed: chosen at random where None. conditions: by option of
         `Generator.stream`. settings: by name, None for the run's own. Raises LimnerError for what doesn't fit."""
@@ -73,6 +73,7 @@ class Engine:
             complete,
             previews,
             classifier=complete.classifier_scale > 0,
+            strength=strength,
         )
         drawing.check(generator, made, guide)
         return made
@@ -111,8 +112,9 @@ class Engine:
         """What is needed to draw the request again, for its PNGs."""
         guide = self.shelf.guides.get(request.model) if request.classifier else None
         where = self.shelf.paths.get(request.model, request.model)
-        return facts_of(self.shelf.generators[request.model], where, request.settings, request.seed,
-                        None if guide is None else guide.digest)  # fmt: skip
+        facts = facts_of(self.shelf.generators[request.model], where, request.settings, request.seed,
+                         None if guide is None else guide.digest)  # fmt: skip
+        return facts if request.strength is None else {**facts, "strength": request.strength}
 
     def settings(self, model: str) -> Settings:
         """The run's own settings."""

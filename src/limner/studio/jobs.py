@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +45,8 @@ class Request:
     """Pictures to draw, checked and complete.
 
     conditions: by option of `Generator.stream`, one value for each of the `num` pictures (a list, an array or a
-    tensor). previews: how many times the forming pictures are shown. classifier: whether the model's guide acts.
+    tensor). strength: as for `Generator.stream`. previews: how many times the
+    forming pictures are shown. classifier: whether the model's guide acts.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Request:
     settings: Settings
     previews: int = 0
     classifier: bool = False
+    strength: float | None = None
 
     @property
     def numbers(self) -> range:
@@ -63,10 +65,17 @@ class Request:
         return range(self.first, self.first + self.num)
 
     @property
-    def key(self) -> Hashable:
-        """Requests with the same key can be drawn together."""
-        shapes = [(name, tuple(getattr(value, "shape", ()))[1:]) for name, value in sorted(self.conditions.items())]
-        return self.model, self.settings, self.classifier, tuple(shapes)
+    def key(self) -> Any:
+        """Requests with equal keys can be drawn together."""
+        shapes = [(name, _shapes(value)) for name, value in sorted(self.conditions.items())]
+        return self.model, self.settings, self.classifier, self.strength, shapes
+
+
+def _shapes(values: Any) -> Any:
+    """The shape of one picture's value, or the sizes and modes of pictures."""
+    if hasattr(values, "shape"):
+        return tuple(values.shape)[1:]
+    return {(value.size, value.mode) for value in values if hasattr(value, "mode")}
 
 
 @dataclass(frozen=True)

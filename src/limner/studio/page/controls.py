@@ -14,7 +14,7 @@ from limner.core.samplers import SAMPLERS
 from limner.redraw import Repeat
 from limner.settings import STOCHASTIC
 from limner.studio.engine import Engine
-from limner.studio.page.modalities import MODALITIES, Modality
+from limner.studio.page.modalities import Modality, modalities_of
 
 MOST_SEED = 2**31 - 1
 
@@ -41,9 +41,7 @@ class Controls:
         self.engine, self.name = engine, name
         self.generator = engine.shelf.generators[name]
         self.own = engine.settings(name)
-        self.modalities: list[Modality] = [
-            MODALITIES[kind](self.generator) for kind in self.generator.modalities if kind in MODALITIES
-        ]
+        self.modalities: list[Modality] = [kind(self.generator) for kind in modalities_of(self.generator)]
         self.settings: dict[str, Any] = {}
         self._plain()
         with gr.Accordion("Advanced", open=False):

@@ -88,6 +88,9 @@ CSS = """
 .limner-figure { margin: 0; display: inline-block; vertical-align: top; }
 .limner-figure figcaption { font-size: 0.85rem; max-width: 9rem; overflow-wrap: anywhere; }
 .limner-figure figcaption { color: var(--body-text-color); }
+.limner-legend { display: flex; flex-wrap: wrap; gap: 0.3rem 0.9rem; list-style: none; padding: 0; margin: 0; }
+.limner-legend li { color: var(--body-text-color); }
+.limner-legend span { display: inline-block; width: 1em; height: 1em; margin-right: 0.35em; vertical-align: -0.1em; }
 .limner-sheet { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
 .limner-row { display: flex; flex-wrap: wrap; gap: 0.6rem; margin: 0.4rem 0; }
 .limner-strip { overflow-x: auto; white-space: nowrap; padding: 0.3rem 0; }

@@ -10,6 +10,7 @@ import gradio as gr
 
 from limner.generator import Generator
 from limner.redraw import Repeat
+from limner.studio.page.canvases import Boxes, Inpaint, SemanticMap, Small
 
 CHIPS = 40
 """Classes up to which each is a chip; more of them are searched in a list."""
@@ -74,5 +75,18 @@ class Text:
         return ["\n".join(captions), *([against[0] if against else ""] if len(self.components) > 1 else [])]
 
 
-MODALITIES: dict[str, type[Modality]] = {"label": Label, "text": Text}
+MODALITIES: dict[str, type[Modality]] = {
+    "label": Label,
+    "text": Text,
+    "semantic_map": SemanticMap,
+    "boxes": Boxes,
+    "image": Small,
+    "variation": Small,
+    "mask": Inpaint,
+}
 """By the kind of the condition in the recipe."""
+
+
+def modalities_of(generator: Generator) -> list[type[Modality]]:
+    """What a model's page shows, each once, in the order of its recipe."""
+    return list(dict.fromkeys(MODALITIES[kind] for kind in generator.modalities))
