@@ -25,6 +25,8 @@ from limner.errors import LimnerError
 from limner.training.progress import duration
 
 RESULT, PLAN = "result.json", "plan.json"
+MEASURE_S = 10.0
+"""About how long the figures of 1,000 samples take, on top of drawing them and of the feature network."""
 POLL_S = 2.0
 """Seconds between looks at a cell that another process is doing."""
 

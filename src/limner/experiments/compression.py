@@ -25,7 +25,7 @@ from limner import api, build, config, recipe
 from limner.data.dataset import prepare
 from limner.errors import LimnerError
 from limner.experiments import figures, report
-from limner.experiments.cells import Cell, Experiment, carry_out, read, write
+from limner.experiments.cells import MEASURE_S, Cell, Experiment, carry_out, read, write
 from limner.generator import Generator
 from limner.hardware import best_device
 from limner.outputs import grid, png
@@ -38,6 +38,8 @@ WIDTHS = (48, 96)
 """Of the autoencoder's levels after its patches of 2x2; deeper ones stay at the last."""
 SHARE = 0.3
 """Of the budget, for the autoencoder."""
+FEATURES_S = 0.02
+"""About how long the feature network takes for a picture."""
 RECONSTRUCTED = 512
 SHOWN = 16
 CHECKPOINTS = 50_000
@@ -173,7 +175,8 @@ class Compression(Experiment):
         images = self.images or max(1.0, (1 - SHARE * (f > 1)) * (self.budget_s or 0) / training)
         images = images if self.budget_s is None else min(images, self.budget_s / training)
         measurements = 1 + max(0, int(images / self.first)).bit_length()
-        return (self.budget_s or images * training) + measurements * self.num * (self.steps * call + 0.02)
+        each = self.num * (self.steps * call + FEATURES_S) + MEASURE_S
+        return (self.budget_s or images * training) + measurements * each
 
 
 def run(data: str, out: str | Path, *, processes: int = 1, console: Console | None = None,

@@ -24,7 +24,7 @@ from limner.evaluation.arrays import npz_batches
 from limner.evaluation.collect import Batch
 from limner.evaluation.evaluate import evaluate as compare
 from limner.experiments import figures, report
-from limner.experiments.cells import Cell, Experiment, carry_out
+from limner.experiments.cells import MEASURE_S, Cell, Experiment, carry_out
 from limner.generator import Generator
 from limner.outputs import grid, png
 
@@ -117,7 +117,7 @@ class Sampling(Experiment):
         if run not in self.estimates:
             self.estimates[run] = _measured(_generator(run), self.batch, self.features)
         call, rest = self.estimates[run]
-        return self.num * (call * steps * (2 if sampler == "heun" else 1) + rest)
+        return self.num * (call * steps * (2 if sampler == "heun" else 1) + rest) + MEASURE_S
 
 
 def run(runs: Sequence[str], reference: str | None, out: str | Path, *, processes: int = 1,
