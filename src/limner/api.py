@@ -17,6 +17,7 @@ from limner.data.dataset import prepare
 from limner.errors import LimnerError, suggest
 from limner.generator import Generator
 from limner.guide import NoisyClassifier
+from limner.interop.conversion import Conversion
 from limner.interop.imported import Imported
 
 if TYPE_CHECKING:
@@ -92,25 +93,18 @@ def _model(found: Imported) -> build.Model:
     return model
 
 
-def convert(source: str | Path, out: str | Path, *, flags: Mapping[str, Any] | str | Path | None = None,
-            config: str | Path | None = None) -> Imported:  # fmt: skip
+def convert(source: str | Path, out: str | Path, *, to: Literal["limner", "diffusers"] = "limner",
+            flags: Mapping[str, Any] | str | Path | None = None, config: str | Path | None = None,
+            licence: str | None = None, progress: Progress | None = None) -> Conversion:  # fmt: skip
     """Make a run of another project's checkpoint: `config.yaml` and `model.safetensors` in the directory `out`.
 
-    flags, config: as in `load`. Raises LimnerError, and then writes nothing; also where `out` holds something already.
+    to: "diffusers" makes a folder that diffusers loads, of a run or of another project's checkpoint.
+    flags, config: as in `load`. licence: for the folder's model card. Memory holds one weight at a time. Raises
+    LimnerError, and then writes nothing; also where `out` holds something already.
     """
     from limner import interop
-    from limner.training.checkpoint import Checkpoints
 
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LimnerError(f"{out}: holds something already; give another directory")
-    if not Path(source).exists():
-        raise LimnerError(f"{source}: there is no such file or directory")
-    found = interop.read(source, flags=flags, config=config)
-    _model(found)
-    out.mkdir(parents=True, exist_ok=True)
-    Checkpoints(out).publish(found.state, found.config)
-    return found
+    return interop.convert(Path(source), Path(out), to=to, flags=flags, config=config, licence=licence, tell=progress)
 
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def unet(component: Component) -> UNetFacts:
         "emb_channels": s["time_embedding_dim"],
         "time_order": "cos_sin" if s["flip_sin_to_cos"] else "sin_cos",
         "time_scale": 1.0,
-        "time_period": _period(widths[0], s["freq_shift"]),
+        "time_period": period(widths[0], s["freq_shift"]),
         "asymmetric": s["downsample_padding"] == 0,
         "norm_groups": s["norm_num_groups"],
         "norm_eps": s["norm_eps"],
@@ -217,7 +217,7 @@ def _heads(s: Mapping[str, Any], where: str, conditional: bool, having: Sequence
     return {"head_dim": dims.pop(), "heads": None}
 
 
-def _period(channels: int, shift: int) -> float:
+def period(channels: int, shift: int) -> float:
     """`freq_shift` divides the exponent by half - shift instead of half: another longest period."""
     half = channels // 2
     return 10_000.0 if shift == 0 else math.exp(math.log(10_000.0) * half / (half - shift))

@@ -122,9 +122,8 @@ def _level(source: str, target: str, level: Level, blocks: int, attention: Seque
         rules += under(f"{source}.resnets.{j}.", f"{target}.{stride * j}.", RESNET)
         if level.attention:
             rules += under(f"{source}.attentions.{j}.", f"{target}.{stride * j + 1}.", attention)
-    for name in ("downsamplers", "upsamplers"):
-        rules += under(f"{source}.{name}.0.", f"{target}.{stride * blocks}.", RESAMPLE)
-    return rules
+    resample = "downsamplers" if source.startswith("down") else "upsamplers"
+    return rules + under(f"{source}.{resample}.0.", f"{target}.{stride * blocks}.", RESAMPLE)
 
 
 CLIP = (

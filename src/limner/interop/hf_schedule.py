@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from limner import build
+from limner import config as c
 from limner.errors import LimnerError
 from limner.interop.hf_files import Component
 
@@ -103,3 +108,90 @@ def _spacing(s: Mapping[str, Any], sampler: str) -> str:
     if named == "leading" and s.get("steps_offset", 0) == 1:
         return "leading+1" if s.get("set_alpha_to_one") is False else "trailing"
     return named
+
+
+# --- out ------------------------------------------------------------------------------------------------------------
+
+CLASSES = {sampler: name for name, sampler in SAMPLERS.items()} | {"dpmpp_2m_sde": "DPMSolverMultistepScheduler"}
+VIRTUAL_STEPS = 1000
+
+
+def steps(config: c.RunConfig) -> int:
+    """Steps of the schedule: its own, or 1000 where it is continuous. Raises LimnerError where diffusers' network
+    could not be told of time as this one is."""
+    model, total = config.model, build.schedule(config).steps or VIRTUAL_STEPS
+    assert isinstance(model, c.UNetConfig)
+    step = model.time_scale if config.process.time_input == "step" else model.time_scale / total
+    if not math.isclose(step, 1):
+        raise LimnerError(f"model.time_scale {model.time_scale:g}: diffusers tells the network the step itself; to "
+                          "diffusers it cannot go")  # fmt: skip
+    return total
+
+
+def settings(config: c.RunConfig, *, plain: bool) -> tuple[str, dict[str, Any], list[str]]:
+    """Class and settings of the scheduler that draws as the recipe's sampler does, and what is only near, in words.
+
+    plain: the pipeline knows DDPM and DDIM alone. Raises LimnerError for noise that diffusers has no scheduler for.
+    """
+    process, asked = config.process, config.sampling
+    if process.prediction == "flow" or process.schedule.kind == "rectified_flow":
+        raise LimnerError(f"process {process.schedule.kind}, {process.prediction}: no pipeline of diffusers draws "
+                          "flows with a U-Net; to diffusers it cannot go")  # fmt: skip
+    sampler, notes = asked.sampler, []
+    if process.learned_variance and sampler != "ddpm":
+        sampler = "ddpm"
+        notes.append(f"scheduler: DDPM instead of {asked.sampler}, since it knows of the learned variance")
+    elif plain and sampler not in ("ddpm", "ddim"):
+        sampler = "ddim"
+        notes.append(f"scheduler: DDIM instead of {asked.sampler}, which the pipeline doesn't know")
+    common = {**_noise(config), "prediction_type": process.prediction, **_steps_visited(config, sampler, notes)}
+    if sampler in ("ddpm", "ddim"):
+        common["clip_sample"] = asked.clip and config.space.kind == "pixels"
+    elif asked.clip and config.space.kind == "pixels":
+        notes.append(f"scheduler: {CLASSES[sampler]} doesn't clip x0 to [-1, 1], as the run does by default")
+    own = {
+        "ddpm": {
+            "variance_type": "learned_range" if process.learned_variance else f"fixed_{asked.variance or 'small'}"
+        },
+        "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+        "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+        "unipc": {"solver_order": 2, "solver_type": "bh2"},
+    }
+    return CLASSES[sampler], {**common, **own.get(sampler, {})}, notes
+
+
+def _noise(config: c.RunConfig) -> dict[str, Any]:
+    section, schedule, total = config.process.schedule, build.schedule(config), steps(config)
+    found: dict[str, Any] = {"num_train_timesteps": total}
+    if getattr(section, "zero_terminal_snr", False):
+        found["rescale_betas_zero_snr"] = True
+    if isinstance(section, c.LinearSchedule):
+        ends = {"beta_start": section.beta_start * 1000 / total, "beta_end": section.beta_end * 1000 / total}
+        return {**found, "beta_schedule": "linear", **ends}
+    if isinstance(section, c.ScaledLinearSchedule):
+        ends = {"beta_start": section.beta_start, "beta_end": section.beta_end}
+        return {**found, "beta_schedule": "scaled_linear", **ends}
+    if isinstance(section, c.DiscreteCosineSchedule) and (section.offset, section.max_beta) == (0.008, 0.999):
+        return {**found, "beta_schedule": "squaredcos_cap_v2"}
+    if isinstance(section, c.TableSchedule):
+        return {**found, "trained_betas": list(section.betas)}
+    signal = schedule.alpha(torch.arange(1, total + 1, dtype=torch.float64) / total).square()
+    before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
+    found.pop("rescale_betas_zero_snr", None)  # it is in the table
+    return {**found, "trained_betas": (1 - signal / before).clamp(1e-8, 1).tolist()}
+
+
+def _steps_visited(config: c.RunConfig, sampler: str, notes: list[str]) -> dict[str, Any]:
+    """Which steps a scheduler takes. "trailing" is alike in all; the others have no counterpart in the solvers."""
+    spacing = config.sampling.spacing
+    if sampler in ("ddpm", "ddim"):
+        if spacing == "leading+1" and sampler == "ddim":
+            return {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+        if spacing in ("leading", "linspace", "trailing"):
+            return {"timestep_spacing": spacing}
+    if spacing == "karras":
+        return {"timestep_spacing": "trailing", "use_karras_sigmas": True}
+    if spacing != "trailing":
+        notes.append(f"scheduler: steps are spaced by 'trailing', not by '{spacing}'; draw with --spacing trailing to "
+                     "compare")  # fmt: skip
+    return {"timestep_spacing": "trailing"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from limner.config import BPEText
 from limner.errors import LimnerError
 from limner.interop.hf_files import Component, read_json
 from limner.nn.text import Vocabulary
@@ -155,3 +156,63 @@ def bert(words: list[str], *, lowercase: bool = True) -> str:
         single="[CLS] $A [SEP]", special_tokens=marks
     )
     return made.to_str()
+
+
+# --- out ------------------------------------------------------------------------------------------------------------
+
+
+def kept(data: Tensor, encoder: BPEText) -> str:
+    """The tokenizer's JSON out of a run's weights. Raises LimnerError where the run has none."""
+    keeper = Vocabulary(encoder.vocabulary, encoder.length)
+    keeper.data.copy_(data)
+    return keeper.json()
+
+
+def settings(encoder: BPEText, heads: int, kind: str, tokenizer: str) -> dict[str, Any]:
+    """The settings of CLIPTextModel or LDMBertModel."""
+    pad = (json.loads(tokenizer).get("padding") or {}).get("pad_id", 0)
+    hidden = encoder.hidden or 4 * encoder.width
+    common = {"architectures": [kind], "vocab_size": encoder.vocabulary, "max_position_embeddings": encoder.length,
+              "pad_token_id": pad}  # fmt: skip
+    if kind == "LDMBertModel":
+        return {**common, "model_type": "ldmbert", "d_model": encoder.width, "encoder_layers": encoder.depth,
+                "encoder_ffn_dim": hidden, "encoder_attention_heads": heads, "head_dim": encoder.head_dim,
+                "activation_function": encoder.activation}  # fmt: skip
+    words = _words(tokenizer)
+    marks = {name: words.get(mark) for name, mark in zip(("bos_token_id", "eos_token_id"), CLIP_MARKS, strict=True)}
+    return {**common, **{name: number for name, number in marks.items() if number is not None},
+            "model_type": "clip_text_model", "hidden_size": encoder.width, "intermediate_size": hidden,
+            "num_hidden_layers": encoder.depth, "num_attention_heads": heads, "hidden_act": encoder.activation,
+            "projection_dim": encoder.width, "layer_norm_eps": 1e-5}  # fmt: skip
+
+
+def _words(tokenizer: str) -> dict[str, int]:
+    raw = json.loads(tokenizer)
+    return {**raw["model"]["vocab"], **{token["content"]: token["id"] for token in raw.get("added_tokens", [])}}
+
+
+def write_tokenizer(folder: Path, family: str, tokenizer: str, length: int) -> None:
+    """A tokenizer as transformers reads it: whole in one file, and in the files of older versions."""
+    folder.mkdir()
+    raw = json.loads(tokenizer)
+    pad = (raw.get("padding") or {}).get("pad_token", "[PAD]")
+    raw |= {"padding": None, "truncation": None}
+    words = sorted(_words(tokenizer).items(), key=lambda word: word[1])
+    contents: dict[str, str] = {"tokenizer.json": json.dumps(raw, ensure_ascii=False)}
+    if family == "clip":
+        start, end = CLIP_MARKS
+        special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in raw["model"]["merges"]]
+        contents["vocab.json"] = json.dumps(dict(words), ensure_ascii=False)
+        contents["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
+        kind: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer"}
+    else:
+        marks = {"unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+        special = {"pad_token": pad, **marks}
+        contents["vocab.txt"] = "\n".join(word for word, _ in words)
+        lowercase = (raw.get("normalizer") or {}).get("lowercase", True)
+        kind = {"tokenizer_class": "BertTokenizer", "do_lower_case": lowercase}
+    contents["special_tokens_map.json"] = json.dumps(special)
+    contents["tokenizer_config.json"] = json.dumps({**kind, "model_max_length": length, **special})
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,19 +12,19 @@ from torch import Tensor
 from limner import build
 from limner.config import AutoencoderConfig, RunConfig, VQConfig
 from limner.interop.keymap import Rule, Weights, convert
-from limner.interop.safe import as_float32, warn_of_nan
+from limner.interop.safe import warn_of_nan
 
 
 @dataclass(frozen=True)
 class Imported:
     """A foreign checkpoint in Limner's terms.
 
-    config: its recipe. state: the weights for `build.model(config)`, by name, float32. notes: what the user should
-    know of how it was read, a line each.
+    config: its recipe. state: the weights for `build.model(config)`, by name, float32, each made when it is asked for.
+    notes: what the user should know of how it was read, a line each.
     """
 
     config: RunConfig
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
 
 
@@ -50,6 +51,28 @@ def imported(config: RunConfig, weights: Weights, rules: Sequence[Rule], where: 
     """
     given = given or {}
     targets = {name: shape for name, shape in shapes(config).items() if name not in given}
-    state = as_float32({**convert(weights, rules, targets, where=where, ignore=ignore), **given})
+    state = Joined(convert(weights, rules, targets, where=where, ignore=ignore, as_float32=True), given)
     warn_of_nan(state, where)
     return Imported(config, state, tuple(notes))
+
+
+class Joined(Mapping[str, Tensor]):
+    """Several mappings of different names as one."""
+
+    def __init__(self, *parts: Mapping[str, Tensor]) -> None:
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        for part in self._parts:
+            if name in part:
+                return part[name]
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in part for part in self._parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(self._parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))

@@ -11,7 +11,7 @@ weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -117,31 +117,68 @@ def heads_inside(heads_of: Callable[[int], int]) -> Change:
 # --- the engine ---------------------------------------------------------------------------------------------------
 
 
-def convert(weights: Weights, rules: Sequence[Rule], targets: Shapes, *, where: str,
-            ignore: Sequence[str] = ()) -> dict[str, Tensor]:  # fmt: skip
-    """Apply a table. Weights that are only renamed are not copied.
+class Converted(Mapping[str, Tensor]):
+    """Weights under their new names, each made when it is asked for: a conversion holds one in memory at a time.
 
-    weights: the source. targets: name -> shape of every weight wanted. ignore: names, or patterns with `*`, of
-    source weights that may go unused. Raises LimnerError, naming the weight, when a source weight is unknown or used
-    twice, a target is missing, given twice or unknown, or a shape differs.
+    shapes: of all of them, by name. Weights that are only renamed are not copied. as_float32: floating-point weights
+    come out in float32 (many checkpoints are saved in half precision).
+    """
+
+    def __init__(self, weights: Weights, made: Mapping[str, _Made], *, as_float32: bool = False) -> None:
+        self._weights, self._made, self._as_float32 = weights, made, as_float32
+        self.shapes = {name: one.shape for name, one in made.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        made = self._made[name]
+        values = [self._weights[part] for part in made.parts]
+        value = values[0] if made.change is None else made.change.forward(values)[made.place]
+        return value.float() if self._as_float32 and value.is_floating_point() else value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+class _Made(NamedTuple):
+    """How one weight is made: number `place` of what `change` makes of the source weights `parts`."""
+
+    parts: Sequence[str]
+    change: Change | None
+    place: int
+    shape: tuple[int, ...]
+
+
+def convert(weights: Weights, rules: Sequence[Rule], targets: Shapes | None, *, where: str,
+            ignore: Sequence[str] = (), as_float32: bool = False) -> Converted:  # fmt: skip
+    """Apply a table: checked here, as a whole; carried out weight by weight, when each is asked for.
+
+    weights: the source. targets: name -> shape of every weight wanted; None: whatever the table gives. ignore: names,
+    or patterns with `*`, of source weights that may go unused. Raises LimnerError, naming the weight, when a source
+    weight is unknown or used twice, a target is missing, given twice or unknown, or a shape differs.
     """
     used: dict[str, Rule] = {}
-    result: dict[str, Tensor] = {}
+    result: dict[str, _Made] = {}
+    shapes = {name: torch.empty_like(weight, device="meta") for name, weight in weights.items()}
     for one in rules:
         for parts, fields in _occurrences(one, weights, where):
             for name in parts:
                 if name in used:
                     raise LimnerError(f"{where}: weight '{name}' is claimed by two rules")
                 used[name] = one
-            values: Sequence[Tensor] = [weights[name] for name in parts]
-            names = [_fill(target, fields) for target in one.targets]
-            for name, value in zip(names, _changed(one, values, parts[0], where), strict=True):
-                _accept(name, value, parts[0], targets, result, where)
+            values = _changed(one, [shapes[name] for name in parts], parts[0], where)
+            for index, (target, value) in enumerate(zip(one.targets, values, strict=True)):
+                name, made = _fill(target, fields), _Made(parts, one.change, index, tuple(value.shape))
+                _accept(name, made, targets, result, where)
     _check_leftovers([name for name in weights if name not in used], ignore, where)
-    missing = [name for name in targets if name not in result]
+    missing = [name for name in targets or () if name not in result]
     if missing:
         raise LimnerError(f"{where}: weight '{_source_of(missing[0], rules)}' is missing{_more(missing)}")
-    return result
+    return Converted(weights, result, as_float32=as_float32)
 
 
 def _changed(applied: Rule, values: Sequence[Tensor], name: str, where: str) -> Sequence[Tensor]:
@@ -154,15 +191,16 @@ def _changed(applied: Rule, values: Sequence[Tensor], name: str, where: str) -> 
         raise LimnerError(f"{where}: weight '{name}' has the shape {shape}, which doesn't fit its place") from None
 
 
-def _accept(name: str, value: Tensor, source: str, targets: Shapes, result: dict[str, Tensor], where: str) -> None:
-    if name not in targets:
+def _accept(name: str, made: _Made, targets: Shapes | None, result: dict[str, _Made], where: str) -> None:
+    source = made.parts[0]
+    if targets is not None and name not in targets:
         raise LimnerError(f"{where}: weight '{source}' has no place in the network that the settings describe")
     if name in result:
         raise LimnerError(f"{where}: weight '{source}' would be loaded to a place that is already taken")
-    if tuple(value.shape) != tuple(targets[name]):
+    if targets is not None and made.shape != tuple(targets[name]):
         right = tuple(targets[name])
-        raise LimnerError(f"{where}: weight '{source}' gives the shape {tuple(value.shape)}, the network has {right}")
-    result[name] = value
+        raise LimnerError(f"{where}: weight '{source}' gives the shape {made.shape}, the network has {right}")
+    result[name] = made
 
 
 def _check_leftovers(left: list[str], ignore: Sequence[str], where: str) -> None:

@@ -104,11 +104,6 @@ def read(path: Path) -> Content:
     raise LimnerError(f"{path}: neither safetensors nor a PyTorch checkpoint (empty, truncated, or something else)")
 
 
-def as_float32(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Floating-point weights as float32 (many checkpoints are saved in half precision); others as they are."""
-    return {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
-
-
 def warn_of_nan(weights: Mapping[str, Tensor], where: str) -> None:
     """One warning that counts the weights with NaN or infinity and names the first."""
     bad = [name for name, x in weights.items() if x.is_floating_point() and not torch.isfinite(x).all()]
