@@ -15,6 +15,9 @@ def check(
     image_column: Annotated[str | None, typer.Option(metavar="NAME", help="Default: found by its type.")] = None,
     label_column: Annotated[str | None, typer.Option(metavar="NAME", help="Default: found by its type.")] = None,
     text_column: Annotated[str | None, typer.Option(metavar="NAME", help="Default: found by its type.")] = None,
+    map_column: Annotated[str | None, typer.Option(metavar="NAME", help="Semantic maps. Default: found.")] = None,
+    mask_column: Annotated[str | None, typer.Option(metavar="NAME", help="Masks. Default: found.")] = None,
+    boxes_column: Annotated[str | None, typer.Option(metavar="NAME", help="Boxes. Default: found.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many lines of each sort of problem.")] = 20,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -36,6 +39,9 @@ def check(
             image_column=image_column,
             label_column=label_column,
             text_column=text_column,
+            map_column=map_column,
+            mask_column=mask_column,
+            boxes_column=boxes_column,
             progress=tell,
         )
     emit(report.to_json(), report.lines(limit), json)

@@ -88,16 +88,26 @@ def clipped(boxes: Array) -> Array:
     return np.concatenate([boxes[:, :1], low, high - low], axis=1)
 
 
-def read_boxes(source: Source, columns: tuple[str, str], pictures: Pixels, section: BoxesCondition,
-               tell: Tell = refuse) -> Boxes:  # fmt: skip
-    """The boxes of a data set; `columns` are theirs and the pictures'. Boxes that leave the canvas are clipped, and a
-    note tells of it. Rows with boxes that can't be used go to `tell`."""
-    values = source.values(columns[0])
-    parsed = [_parsed(source, row, value, columns[0], tell) for row, value in enumerate(values)]
-    names = section.classes or _names(source, [category for _, categories in parsed for category in categories])
+@dataclass(frozen=True)
+class Layouts:
+    """boxes: for each row (n, 5), in 0..1 of its picture, clipped to it. sizes: of the pictures as they are. outside:
+    rows with boxes that left their picture."""
+
+    boxes: list[Array]
+    sizes: list[tuple[int, int]]
+    names: tuple[str, ...]
+    outside: list[int]
+
+
+def read_layouts(source: Source, columns: tuple[str, str], classes: Sequence[str] | None = None,
+                 tell: Tell = refuse) -> Layouts:  # fmt: skip
+    """The boxes of a data set; `columns` are theirs and the pictures'. Rows with boxes that can't be used go to
+    `tell`, without them."""
+    parsed = [_parsed(source, row, value, columns[0], tell) for row, value in enumerate(source.values(columns[0]))]
+    names = tuple(classes or _names(source, [category for _, categories in parsed for category in categories]))
     sizes = [_size(source, row, picture) for row, picture in enumerate(source.pictures(columns[1]))]
     relative = all(max(box) <= 1 for boxes, _ in parsed for box in boxes)
-    kept, outside = [], []
+    found, outside = [], []
     for row, ((boxes, categories), (height, width)) in enumerate(zip(parsed, sizes, strict=True)):
         numbers = [_number(source, row, category, names, tell) for category in categories]
         scale = [1, 1] if relative else [width, height]
@@ -106,10 +116,24 @@ def read_boxes(source: Source, columns: tuple[str, str], pictures: Pixels, secti
         inside = clipped(table)
         if (np.abs(inside - table) > 1e-3).any():
             outside.append(row)
-        kept.append(_placed(inside[inside[:, 3] * inside[:, 4] > 0], (height, width), pictures.shapes[row]))
-    notes = (f"{len(outside)} pictures have boxes that leave them, which are clipped; the first is "
-             f"{source.place(outside[0])}",) if outside else ()  # fmt: skip
-    return Boxes(kept, names, pictures, section.most, notes)
+        found.append(inside[inside[:, 3] * inside[:, 4] > 0])
+    return Layouts(found, sizes, names, outside)
+
+
+def leaving(source: Source, outside: Sequence[int]) -> tuple[str, ...]:
+    """A note on pictures with boxes that leave them, where there are any."""
+    if not outside:
+        return ()
+    return (f"{len(outside)} pictures have boxes that leave them, which are clipped; the first is "
+            f"{source.place(outside[0])}",)  # fmt: skip
+
+
+def read_boxes(source: Source, columns: tuple[str, str], pictures: Pixels, section: BoxesCondition) -> Boxes:
+    """The same for pictures as they are kept. Raises LimnerError for a row with boxes that can't be used."""
+    found = read_layouts(source, columns, section.classes)
+    rows = zip(found.boxes, found.sizes, pictures.shapes, strict=True)
+    kept = [_placed(boxes, size, shape) for boxes, size, shape in rows]
+    return Boxes(kept, found.names, pictures, section.most, leaving(source, found.outside))
 
 
 def _placed(boxes: Array, size: tuple[int, int], shape: npt.NDArray[np.int64]) -> Array:

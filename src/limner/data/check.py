@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from limner.config import DataConfig
 from limner.data import transforms
 from limner.data.catalog import find
+from limner.data.check_conditions import Overlays
 from limner.data.pixels import Progress, fetch, in_parallel
 from limner.data.roles import MISSING, image_role, label_role, read_labels, read_texts, text_role
 from limner.data.sources import Encoded, Place, Problem, Source
@@ -65,6 +66,8 @@ class Report:
     """Pictures that no metadata names."""
     duplicates: list[Duplicate] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    overlays: Overlays = field(default_factory=Overlays)
+    """Semantic maps, masks and boxes."""
 
     @property
     def ok(self) -> bool:
@@ -83,6 +86,7 @@ class Report:
             "modes": dict(self.modes.most_common()),
             "classes": self.classes,
             "captions": _captions(self),
+            **self.overlays.to_json(),
             "errors": [_located(problem.place, problem.what) for problem in self.errors],
             "corrupt": [_located(problem.place, problem.what) for problem in self.corrupt],
             "orphans": [str(place) for place in self.orphans],
@@ -104,6 +108,7 @@ class Report:
             *([f"modes: {_counts(dict(self.modes.most_common()))}"] if self.modes else []),
             *(f"classes ({split}, {len(counts)}): {_counts(counts)}" for split, counts in self.classes.items()),
             *_caption_lines(self),
+            *self.overlays.lines(),
             *(f"note: {note}" for note in self.notes),
             *_listed("error", self.errors, limit),
             *_listed("corrupt", self.corrupt, limit),
@@ -133,13 +138,17 @@ def check(
     image_column: str | None = None,
     label_column: str | None = None,
     text_column: str | None = None,
+    map_column: str | None = None,
+    mask_column: str | None = None,
+    boxes_column: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Look at all rows of a data set (of all its splits, or one) and report what is there and what is wrong.
 
     Raises LimnerError only when there is nothing to look at: no such path, an empty folder, an unknown split.
     """
-    named = {"image_column": image_column, "label_column": label_column, "text_column": text_column}
+    named = {"image_column": image_column, "label_column": label_column, "text_column": text_column,
+             "map_column": map_column, "mask_column": mask_column, "boxes_column": boxes_column}  # fmt: skip
     config = DataConfig.model_validate(named)
     report = Report(source)
     catalog = find(source, report.errors.append)
@@ -195,6 +204,10 @@ def _read_columns(report: Report, source: Source, config: DataConfig, labels: di
             report.caption_lengths.append(len(caption))
             if not caption.strip():
                 report.empty_captions.append(source.place(row))
+    if image is not None:
+        look = report.overlays.look
+        found = _attempt(report, lambda: look(source, config, image, report.errors.append, report.notes.append))
+        report.roles |= {role: column for role, column in (found or {}).items() if column is not None}
     return image
 
 
