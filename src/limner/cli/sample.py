@@ -27,8 +27,13 @@ DEFAULT_NUM = 16
 
 
 def sample(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a foreign checkpoint (--flags, --config).")],
     out: Annotated[str, typer.Option(metavar="PATH", help="A .png grid, .npz, .tar (WebDataset) or directory.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run, or a foreign checkpoint (--flags, --config).")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="PNG", help="Draw again what a picture of Limner's tells.")
+    ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME|NUMBER", help="What to draw; several, or 'a,b,c', in rotation. Default: every one."),
@@ -109,11 +114,22 @@ def sample(
       limner sample runs/uncond --classifier runs/guide --out guided.png
       limner sample runs/streets --condition maps/ --out streets/
       limner sample runs/emoji --image photo.png --mask hole.png --out painted.png
+      limner sample --from picture.png --out again.png
       limner sample runs/emoji --text "a heart" --to-text "a star" --num 8 --out way.png
     """
     from limner import api
 
-    gen = _generator(api.load(run, flags=flags, config=config), run)
+    if source is not None:
+        from limner.cli.repeat import repeat
+
+        other = {"label": label, "text": text, "text-file": text_file, "num": num, "guidance": guidance, "steps": steps,
+                 "sampler": sampler, "image": image, "condition": condition, "boxes": boxes, "size": size}  # fmt: skip
+        repeat(source, run, out, classifier=classifier, classifier_flags=classifier_flags, batch=batch, flags=flags,
+               config=config, overwrite=overwrite, as_json=json, other=other)  # fmt: skip
+        return
+    if run is None:
+        raise LimnerError("no RUN: name a run to draw with, or a picture of Limner's with --from")
+    gen = drawing_generator(api.load(run, flags=flags, config=config), run)
     guide = None if classifier is None else api.load(classifier, flags=classifier_flags)
     for note in (*gen.notes, *(() if guide is None else guide.notes)):
         print(f"limner: {note}", file=sys.stderr)
@@ -145,7 +161,7 @@ def sample(
         writer(out, num=count, recipe=recipe, overwrite=overwrite) as sink,
         progress("sampling") as tell,
     ):
-        how = {"batch": batch, "on_step": _counter(tell, count, batch), "classifier": guide, "size": canvas}
+        how = {"batch": batch, "on_step": counter(tell, count, batch), "classifier": guide, "size": canvas}
         options = how | chosen
         if ends is not None:
             if files:
@@ -177,7 +193,7 @@ def _ends(seed: int, to_seed: int | None,
     return {**ways, "seed": (seed, seed if to_seed is None else to_seed)}
 
 
-def _generator(loaded: Any, run: str) -> Generator:
+def drawing_generator(loaded: Any, run: str) -> Generator:
     """What was loaded, if it draws."""
     if loaded.config.task != "diffusion":
         raise LimnerError(f"{run}: holds {_A[loaded.config.task]}, which draws nothing; name a diffusion run")
@@ -228,7 +244,7 @@ def _recipe(gen: Generator, run: str, settings: Settings, seed: int, guide_diges
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _counter(tell: Callable[[int, int], None], num: int, batch: int) -> Callable[[Step], None]:
+def counter(tell: Callable[[int, int], None], num: int, batch: int) -> Callable[[Step], None]:
     """Counts sampler steps over all batches."""
     batches, done = math.ceil(num / batch), itertools.count(1)
     return lambda step: tell(next(done), batches * step.total)

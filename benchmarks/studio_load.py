@@ -1,0 +1,107 @@
+"""Load on the studio: many clients on loopback; lost and mixed-up pictures, memory, and what batching is worth.
+
+python -m benchmarks.studio_load RUN [--clients 64] [--seconds 120] [--steps 10]
+
+Each client asks for one picture after another with a seed of its own; afterwards a share of them is drawn again alone
+and compared. Then the same load meets an engine that draws one request at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import random
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import uvicorn
+from PIL import Image
+
+import limner
+from limner.studio.engine import Engine
+from limner.studio.guard import Guard
+from limner.studio.http import application
+from limner.studio.limits import Limits
+from limner.studio.shelf import Shelf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--check", type=int, default=50, help="pictures that are drawn again alone")
+    asked = parser.parse_args()
+    together = load(asked.run, asked.clients, asked.seconds, asked.steps, batch=16)
+    alone = load(asked.run, asked.clients, asked.seconds / 4, asked.steps, batch=1)
+    wrong = compare(asked.run, random.Random(0).sample(together["pictures"], min(asked.check, together["drawn"])),
+                    asked.steps)  # fmt: skip
+    for figures in (together, alone):
+        del figures["pictures"]
+    ratio = together["pictures_per_s"] / alone["pictures_per_s"]
+    print(json.dumps({"together": together, "one by one": alone, "ratio": round(ratio, 2), **wrong}, indent=2))
+
+
+def load(run: str, clients: int, seconds: float, steps: int, batch: int) -> dict[str, Any]:
+    """Figures of one load, and the pictures by seed."""
+    engine = Engine(Shelf.open([run]), Limits(queue=clients, batch=batch))
+    app = Guard(application(engine), token=None, upload=engine.limits.upload, metrics=engine.metrics)
+    process, pictures, failed = psutil.Process(os.getpid()), [], []
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+        threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True).start()
+        while not server.started:
+            time.sleep(0.01)
+        address = f"http://localhost:{bound.getsockname()[1]}"
+        before = process.memory_info().rss
+        end = time.monotonic() + seconds
+
+        def client(number: int) -> None:
+            with httpx.Client(base_url=address, timeout=600) as http:
+                for count in range(10**6):
+                    if time.monotonic() > end:
+                        return
+                    seed = number * 10**6 + count
+                    answer = http.post("/api/draw", json={"seed": seed, "steps": steps})
+                    if answer.status_code != 200:
+                        failed.append(answer.text)
+                        continue
+                    pictures.append((seed, answer.json()["pictures"][0]["png"]))
+
+        began = time.monotonic()
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(client, range(clients)))
+        took = time.monotonic() - began
+        grown = process.memory_info().rss - before
+        server.should_exit = True
+    engine.close()
+    return {"drawn": len(pictures), "failed": len(failed), "pictures_per_s": round(len(pictures) / took, 2),
+            "memory_grown_mb": round(grown / 1e6, 1), "pictures": pictures}  # fmt: skip
+
+
+def compare(run: str, pictures: list[tuple[int, str]], steps: int) -> dict[str, Any]:
+    """How many pictures differ from the one drawn alone from the same seed, and by how much at most (of 255)."""
+    generator = limner.load(run)
+    worst, differing = 0, 0
+    for seed, encoded in pictures:
+        found = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))).astype(int)
+        chosen = {"label": 0} if "label" in generator.modalities else {}
+        want = generator.sample(num=1, seed=seed, steps=steps, output="array", **chosen)[0].astype(int)
+        gap = int(np.abs(found - want.reshape(found.shape)).max())
+        worst, differing = max(worst, gap), differing + (gap > 0)
+    return {"compared": len(pictures), "differing": differing, "worst": worst}
+
+
+if __name__ == "__main__":
+    main()
