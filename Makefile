@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_BUDGET ?= 5m
 DEMO := demo
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test lint format bench clean
 
 setup: $(INSTALLED)
 
@@ -47,6 +47,10 @@ test: lint
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Alone on the machine, or the figures mean nothing.
+bench: setup
+	$(BIN)/limner bench
 
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from limner import __version__
+from limner.cli.bench import bench
 from limner.cli.check import check
 from limner.cli.console import DONE, OUR_FAULT, STOPPED, WRONG_INPUT
 from limner.cli.convert import convert
@@ -54,7 +55,7 @@ def _limner(
         context.get_help()
 
 
-for _command in (train, sample, reconstruct, evaluate, check, convert, studio):
+for _command in (train, sample, reconstruct, evaluate, check, convert, studio, bench):
     app.command()(_command)
 app.add_typer(experiment, name="experiment")
 

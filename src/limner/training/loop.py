@@ -77,7 +77,7 @@ def train(
     """
     out, settings = Path(out), config.training
     claim(out, resume)
-    accelerator = _accelerator(config, out)
+    accelerator = accelerator_for(config, out)
     batches = Batches(
         data, settings.seed, settings.batch, settings.accumulate, accelerator.process_index, accelerator.num_processes
     )
@@ -393,7 +393,9 @@ def _agree_every(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 16
 
 
-def _accelerator(config: RunConfig, out: Path) -> Accelerator:
+def accelerator_for(config: RunConfig, out: Path) -> Accelerator:
+    """Devices and processes as `torchrun` or `accelerate launch` say, and the trackers of a recipe. Raises LimnerError
+    for a tracker that is unknown or not installed."""
     for name in config.training.trackers:
         if name not in TRACKERS:
             raise LimnerError(f"training.trackers: '{name}' is unknown{suggest(name, TRACKERS)}")

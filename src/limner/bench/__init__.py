@@ -1,0 +1,1 @@
+"""How fast this machine is, and Limner on it, beside diffusers where that is installed."""
