@@ -36,32 +36,46 @@ def build(engine: Engine) -> gr.Blocks:
     """The page over an engine's models."""
     sessions = Sessions()
     names = list(engine.shelf.generators)
+    panels = Panels(names)
     with gr.Blocks(title="Limner", analytics_enabled=False, delete_cache=(CACHE_S, CACHE_S), fill_width=True) as page:
         gr.Markdown("# Limner")
         choice = gr.Dropdown(names, value=names[0] if names else None, label="Model", visible=len(names) > 1)
         with gr.Tabs():
             if names:
                 with gr.Tab("Draw"):
-                    drawing = _each(names, choice, lambda name: Draw(engine, sessions, name))
+                    drawing = panels.each(lambda name: Draw(engine, sessions, name))
                 with gr.Tab("Compare"):
-                    _each(names, choice, lambda name: Compare(engine, sessions, name, drawing[name].controls))
+                    panels.each(lambda name: Compare(engine, sessions, name, drawing[name].controls))
                 with gr.Tab("Understand"):
-                    _each(names, choice, lambda name: Understand(engine, sessions, name, drawing[name].controls))
+                    panels.each(lambda name: Understand(engine, sessions, name, drawing[name].controls))
             if engine.shelf.runs:
                 with gr.Tab("Watch"):
                     Watch(engine.shelf.runs)
+        if len(names) > 1:
+            panels.follow(choice)
         page.unload(sessions.stop)
     return page
 
 
-def _each(names: list[str], choice: gr.Dropdown, make: Callable[[str], Any]) -> dict[str, Any]:
-    """A part of the page for each model, of which the chosen one's is seen."""
-    made, groups = {}, []
-    for name in names:
-        with gr.Column(visible=name == names[0]) as group:
-            made[name] = make(name)
-        groups.append(group)
-    if len(names) > 1:
-        choice.change(lambda chosen: [gr.Column(visible=name == chosen) for name in names], choice, groups,
-                      queue=False, api_visibility="private")  # fmt: skip
-    return made
+class Panels:
+    """The parts of the page that there are for each model, of which the chosen one's are seen."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.groups: list[tuple[str, Any]] = []
+
+    def each(self, make: Callable[[str], Any]) -> dict[str, Any]:
+        """Such a part for every model, by name."""
+        made = {}
+        for number, name in enumerate(self.names):
+            with gr.Column(visible=number == 0, elem_classes=f"limner-model-{number}") as group:
+                made[name] = make(name)
+            self.groups.append((name, group))
+        return made
+
+    def follow(self, choice: gr.Dropdown) -> None:
+        """Show what belongs to the chosen model, once all parts are made."""
+        groups = self.groups
+        choice.change(lambda chosen: [gr.Column(visible=name == chosen) for name, _ in groups], choice,
+                      [group for _, group in groups], queue=False, api_visibility="private",
+                      show_progress="hidden")  # fmt: skip
