@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,55 @@ def map_folder(root: Path, rows: int = 48) -> Path:
     return root
 
 
-def recipe(*conditions: dict[str, Any], cross: int = 0, **training: Any) -> dict[str, Any]:
+def halves_folder(root: Path, rows: int = 48) -> Path:
+    """Pictures of one thing, red or blue, on the left or on the right of white: `objects` in pixels, and `label` "warm"
+    or "cold" for how dark the white is."""
+    root.mkdir(parents=True)
+    lines = []
+    for row in range(rows):
+        kind, right, cold = row % 2, row // 2 % 2, row // 4 % 2
+        Image.fromarray(half(kind, bool(right), bool(cold))).save(root / f"{row}.png")
+        box = [SIZE // 2 * right, 0, SIZE // 2, SIZE]
+        label = "cold" if cold else "warm"
+        lines.append({"file_name": f"{row}.png", "label": label, "objects": {"bbox": [box], "categories": [kind]}})
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    (root / "classes.txt").write_text("red\nblue\n")
+    return root
+
+
+def half(kind: int, right: bool, cold: bool = False) -> npt.NDArray[np.uint8]:
+    picture = np.full((SIZE, SIZE, 3), 110 if cold else 240, np.uint8)
+    picture[:, SIZE // 2 if right else 0 : SIZE if right else SIZE // 2] = COLOURS[kind]
+    return picture
+
+
+def recipe(*conditions: dict[str, Any], cross: int = 0, patch: int = 1, **training: Any) -> dict[str, Any]:
     """Sections of a recipe as keywords of `limner.train`."""
-    level = {"channels": 16, "cross_attention": cross} if cross else {"channels": 16}
+    level = {"channels": 16 * patch, "cross_attention": cross}
     settings = {"batch": 16, "images": 2400, "lr": 4e-3, "warmup_images": 160, "precision": "fp32", "compile": "off",
                 "previews": 4, "preview_every": 10**9, "held_out_every": 10**9}  # fmt: skip
     return {
         "data": {"size": [SIZE, SIZE], "held_out": 0.2},
-        "model": {"kind": "unet", "levels": [level], "middle": "none", "norm_groups": 4, "head_dim": 16},
+        "model": {
+            "kind": "unet",
+            "levels": [level],
+            "patch": patch,
+            "middle": "none",
+            "norm_groups": 4,
+            "head_dim": 16,
+        },
         "conditions": list(conditions),
         "training": settings | training,
         "sampling": {"steps": 8, "guidance": 1.0},
     }
 
 
-def train(data: Path, out: Path, *conditions: dict[str, Any], cross: int = 0, **training: Any) -> Generator:
+def train(
+    data: Path, out: Path, *conditions: dict[str, Any], cross: int = 0, patch: int = 1, **training: Any
+) -> Generator:
     """A generator that has learnt the conditions."""
     torch.set_num_threads(1)
-    sections = recipe(*conditions, cross=cross, **training)
+    sections = recipe(*conditions, cross=cross, patch=patch, **training)
     path = out.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"task: diffusion\n{_yaml(sections)}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -261,6 +263,10 @@ class Generator(Loaded):
             denoise = guidance.classifier_free(plain, settings.guidance, null=null, join=Embedded.cat)
         if denoise is not plain:
             denoise = guidance.rescaled(guidance.interval(denoise, plain, *settings.interval), settings.rescale)
+        if settings.consistent:
+            small = cond["image"][:, : self.config.data.channels].to(self.device).float()
+            reduce, enlarge = (partial(resampled, size=(s[0], s[1])) for s in (small.shape[2:], size))
+            denoise = guidance.consistent(denoise, small, reduce, enlarge)
         return guidance.clipped(denoise) if settings.clip and self.config.space.kind == "pixels" else denoise
 
     def interpolate(self, *, num: int = 8, seed: tuple[int, int] = (0, 0), output: Output = "pil",
@@ -310,6 +316,8 @@ class Generator(Loaded):
         if guided and not any(getattr(s, "null", True) for s in self.config.conditions):
             raise LimnerError(f"guidance {settings.guidance:g}: this model has no null condition, since it never "
                               "learned without one; leave it at 1, or give a classifier")  # fmt: skip
+        if settings.consistent and ("image" not in self.modalities or self.config.space.kind != "pixels"):
+            raise LimnerError("consistent: goes with a super-resolution model of pixels; this is none")
         for name in settings.scales or ():
             if name not in self.modalities:
                 raise LimnerError(
@@ -384,6 +392,11 @@ class Generator(Loaded):
 
 def _length(tau: Embedded) -> int:
     return next((len(part) for part in (tau.vector, tau.tokens, tau.spatial) if part is not None), 1)
+
+
+def resampled(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures (N, C, H, W) at another size: bicubic, antialiased where they shrink."""
+    return F.interpolate(x, size, mode="bicubic", antialias=True)
 
 
 def encode(autoencoder: Any, images: Tensor, config: RunConfig, device: torch.device, batch: int) -> Tensor:

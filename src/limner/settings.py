@@ -24,6 +24,7 @@ class Settings:
     guidance: classifier-free scale s, 1 is off. scales: one by modality instead, such as {"text": 5, "boxes": 2}; what
     isn't named has 1. composition: how scales add up: "chain", each condition given those before it, in the model's
     order (InstructPix2Pix), or "sum", each by itself (Liu et al. 2206.01714).
+    consistent: super-resolution: x0 is made to agree with the small picture at each step.
     interval: the range of t in which guidance of any kind acts.
     rescale: phi of Lin et al. 2305.08891. classifier_scale: 0 is off. clip: x0 kept in [-1, 1].
     eta: of ddim and dpmpp_2m_sde. variance: of ddpm, learned, small or large; None: the model's own.
@@ -35,6 +36,7 @@ class Settings:
     guidance: float = 1.0
     scales: Mapping[str, float] | None = None
     composition: str = "chain"
+    consistent: bool = False
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     clip: bool = True

@@ -72,6 +72,9 @@ def sample(
     composition: Annotated[
         str | None, typer.Option(help="How scales by condition add up: chain (each given those before) or sum.")
     ] = None,
+    consistent: Annotated[
+        bool, typer.Option("--consistent", help="Enlarged pictures agree with the small ones, pixel by pixel.")
+    ] = False,
     interval: Annotated[
         str | None, typer.Option(metavar="LO,HI", help="Guide only at times in this range; 0 is data, 1 noise.")
     ] = None,
@@ -141,6 +144,7 @@ def sample(
     chosen = {
         "guidance": given.guidance_of(guidance),
         "composition": composition,
+        "consistent": consistent or None,
         "interval": None if interval is None else _interval(interval),
         "rescale": rescale,
         "classifier_scale": 1.0 if guide is not None and classifier_scale is None else classifier_scale,

@@ -31,6 +31,9 @@ Join = Callable[[Sequence[Cond]], Cond]
 """The conditions of several batches, made that of one batch, in this order."""
 
 
+Linear = Callable[[Tensor], Tensor]
+
+
 def bind(denoise: Denoise, cond: Cond) -> Denoise:
     """A denoiser with its condition already given; another one handed to it is ignored."""
     return lambda x, t, _=None, /: denoise(x, t, cond)
@@ -292,6 +295,21 @@ def classifier(
     Around `classifier_free` the two add up.
     """
     return ClassifierGuided(denoise, ClassifierGradient(log_prob, scale, interval), schedule)
+
+
+def consistent(denoise: Denoise, small: Tensor, reduce: Linear, enlarge: Linear) -> Denoise:
+    """x0 made to agree with what is known of it, small = reduce(x0): x0 + enlarge(small - reduce(x0)). It is the
+    null-space rule of DDNM, Wang et al. 2022 (2212.00490), eq. 13, where enlarge is the pseudo-inverse of reduce, and
+    back-projection (Irani & Peleg 1991) where it is near to one; from step to step the rest vanishes.
+
+    small: (B, C, h, w), such as the picture that is enlarged. reduce, enlarge: linear maps to and from its size.
+    """
+
+    def agree(x: Tensor, t: Tensor, cond: Cond = None, /) -> Denoised:
+        out = denoise(x, t, cond)
+        return replace(out, x0=out.x0 + enlarge(small - reduce(out.x0)), plain=_plain(out))
+
+    return agree
 
 
 def clipped(denoise: Denoise, kind: Literal["static", "dynamic"] = "static", *, quantile: float = 0.995) -> Denoise:
