@@ -60,7 +60,8 @@ def load(run: str, clients: int, seconds: float, steps: int, batch: int) -> dict
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
-        threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True).start()
+        serving = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        serving.start()
         while not server.started:
             time.sleep(0.01)
         address = f"http://localhost:{bound.getsockname()[1]}"
@@ -85,6 +86,7 @@ def load(run: str, clients: int, seconds: float, steps: int, batch: int) -> dict
         took = time.monotonic() - began
         grown = process.memory_info().rss - before
         server.should_exit = True
+        serving.join()
     engine.close()
     return {"drawn": len(pictures), "failed": len(failed), "pictures_per_s": round(len(pictures) / took, 2),
             "memory_grown_mb": round(grown / 1e6, 1), "pictures": pictures}  # fmt: skip

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
@@ -144,6 +145,22 @@ def studio(browser: Browser, address: str) -> Iterator[Studio]:
     assert not made.outside, "the page fetched something from elsewhere"
     assert not made.errors
     page.close()
+
+
+def test_paths_from_a_client_are_not_opened(address: str, runs: dict[str, Path]) -> None:
+    secret = runs["labels"] / "config.yaml"
+    with httpx.Client(base_url=address) as client:
+        for path in ("/etc/passwd", secret, "../../etc/passwd"):
+            assert client.get(f"gradio_api/file={path}").status_code in (403, 404)
+        image = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+        answers = []
+        for editor in (None, {"background": image, "layers": [], "composite": image}):
+            values = [editor, 1, 0, 0, 2.0, 4, "ddim", "log_snr", 0, 1, 0, None]
+            asked = client.post("gradio_api/call/draw_holes", json={"data": values}).json()
+            answers.append(client.get(f"gradio_api/call/draw_holes/{asked['event_id']}", timeout=60).text)
+    assert "event: complete" in answers[0]
+    assert "event: error" in answers[1]
+    assert "norm_groups" not in answers[1]
 
 
 def test_a_label_becomes_a_picture_whose_recipe_draws_it_again(studio: Studio, runs: dict[str, Path]) -> None:

@@ -32,7 +32,8 @@ class Watched:
     def bands(self) -> dict[str, str]:
         """The names of the loss by noise band, and how they are shown."""
         named = [name for name in (self.lines[-1] if self.lines else {}) if name.startswith("loss_t")]
-        return {name: "t " + name.removeprefix("loss_t").replace("_", " to ") for name in named}
+        ends = {name: [f"{float(end):g}" for end in name.removeprefix("loss_t").split("_")] for name in named}
+        return {name: "–".join(pair) for name, pair in ends.items()}
 
 
 def watch(run: Path) -> Watched:

@@ -91,6 +91,8 @@ CSS = """
 .limner-legend { display: flex; flex-wrap: wrap; gap: 0.3rem 0.9rem; list-style: none; padding: 0; margin: 0; }
 .limner-legend li { color: var(--body-text-color); }
 .limner-legend span { display: inline-block; width: 1em; height: 1em; margin-right: 0.35em; vertical-align: -0.1em; }
+.limner-gallery img { image-rendering: pixelated; }
+@media (max-width: 640px) { .limner-gallery .grid-container { grid-template-columns: repeat(2, 1fr) !important; } }
 .limner-sheet { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
 .limner-row { display: flex; flex-wrap: wrap; gap: 0.6rem; margin: 0.4rem 0; }
 .limner-strip { overflow-x: auto; white-space: nowrap; padding: 0.3rem 0; }

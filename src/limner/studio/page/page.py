@@ -25,7 +25,8 @@ CACHE_S = 3600
 def mount(app: FastAPI, engine: Engine) -> FastAPI:
     """The application with the page at its root."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    theme = Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    look = Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = look.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     return gr.mount_gradio_app(
         app, build(engine), path="/", theme=theme, css=markup.CSS, footer_links=[], ssr_mode=False, show_error=False,
         max_file_size=engine.limits.upload, mcp_server=False, pwa=False, enable_monitoring=False,

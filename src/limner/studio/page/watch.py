@@ -30,7 +30,7 @@ class Watch:
         with gr.Row():
             axes: dict[str, Any] = {"x": "images", "y": "value", "color": "what", "height": 260, "min_width": 300}
             self.loss = gr.LinePlot(
-                title="Loss by noise band", x_title="images", y_title="loss", color_title="time", **axes
+                title="Loss by noise band", x_title="images", y_title="loss", color_title="t", **axes
             )
             self.held_out = gr.LinePlot(title="Held-out loss", x_title="images", y_title="loss", color_title="", **axes)
             self.speed = gr.LinePlot(title="Images a second", x_title="images", y_title="", color_title="", **axes)
