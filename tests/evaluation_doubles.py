@@ -45,3 +45,19 @@ def measure_half(rank: int, port: int, count: int, results: str) -> None:
     found = collect([(x[part], {"label": labels[part]})], Tiny())
     np.save(f"{results}/{rank}.npy", found.pooled.gaussian().covariance.numpy())
     torch.distributed.destroy_process_group()
+
+
+def evaluate_half(rank: int, port: int, arguments: list[str], results: str) -> None:
+    """One of two processes as torchrun starts them: `limner evaluate`, with what it prints in `results`."""
+    import contextlib
+    import os
+    from pathlib import Path
+
+    from limner.cli.program import run
+    from limner.evaluation import features
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    features.NETWORKS["tiny"] = lambda *_: Tiny()
+    with Path(results, f"{rank}.json").open("w") as file, contextlib.redirect_stdout(file):
+        code = run(["evaluate", *arguments, "--features", "tiny", "--json"])
+    assert code == 0

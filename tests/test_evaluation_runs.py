@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation_doubles import Tiny
+import limner
+from evaluation_doubles import Tiny, evaluate_half
 from limner import build, config
 from limner.cli.program import run
 from limner.data.dataset import prepare
-from limner.evaluation import features, runs
+from limner.evaluation import features, processes, runs
 from limner.generator import Generator
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "white": (240, 240, 240)}
@@ -112,3 +114,26 @@ def test_samples_say_what_they_learned_from(
     facts = json.loads(capsys.readouterr().out)["figures"]
     assert facts["retrieval-tiny"]["value"] == 1
     assert facts["retrieval-tiny"]["n"] == 8
+
+
+def test_two_processes_share_an_evaluation(
+    home: Path, generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started as by torchrun, they share the samples of a file and what a run draws, and one of them speaks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    real = prepare(generator.config.data, ("text",))
+    pictures = np.concatenate([real.uint8(range(32))] * 3)
+    np.savez(tmp_path / "s.npz", x=pictures, text=np.array((real.texts or []) * 3))
+    asked = [str(tmp_path / "s.npz"), "--reference", str(home / "data")]
+    torch.multiprocessing.spawn(evaluate_half, (port, asked, str(tmp_path)), nprocs=2)
+    assert (tmp_path / "1.json").read_text() == ""
+    shared = json.loads((tmp_path / "0.json").read_text())
+    monkeypatch.setitem(features.NETWORKS, "tiny", lambda *_: Tiny())
+    alone = limner.evaluate(str(tmp_path / "s.npz"), str(home / "data"), features="tiny")
+    assert shared["samples"]["n"] == alone["FD"].n == 96
+    assert shared["figures"]["FD-tiny"]["value"] == pytest.approx(alone["FD"].value, abs=1e-6)
+    monkeypatch.setattr(processes, "place", lambda: (1, 3))
+    assert processes.part_of(range(10)) == range(3, 6)
+    assert list(processes.in_turn(range(7))) == [1, 4]

@@ -53,7 +53,7 @@ def evaluate(
       limner evaluate runs/photos --bits-per-dim --num 64
     """
     from limner import api
-    from limner.evaluation import page, plots
+    from limner.evaluation import page, plots, processes
     from limner.evaluation.report import sweep_csv, sweep_table
 
     if bits_per_dim:
@@ -61,20 +61,23 @@ def evaluate(
         emit(facts, [f"{facts['bits_per_dim']:.3f} bits per dim on {facts['n']} held-out pictures"], json)
         return
     scales = _scales(guidance)
+    if plot is not None and len(scales) == 1:
+        raise LimnerError("--plot: goes with several scales, such as --guidance 1,1.5,2,3")
     drawing: dict[str, Any] = {"sampler": sampler, "steps": steps}
     drawing = {name: value for name, value in drawing.items() if value is not None}
     if (Path(samples) / "config.yaml").is_file():
         drawing |= {"seed": seed, "batch": batch}
     how: dict[str, Any] = {"features": features, "num": num, "trained_on": trained_on, **drawing}
-    reports = {scale: api.evaluate(samples, reference, **how, **_guided(scale)) for scale in scales}
+    with processes.joined() as speaks:
+        reports = {scale: api.evaluate(samples, reference, **how, **_guided(scale)) for scale in scales}
+    if not speaks:
+        return
     only = reports[scales[0]] if len(scales) == 1 else None
     if csv is not None:
         _ = sweep_csv(reports, csv) if only is None else only.to_csv(csv)  # type: ignore[arg-type]
     if html is not None:
         page.write(reports if only is None else only, html)  # type: ignore[arg-type]
     if plot is not None:
-        if only is not None:
-            raise LimnerError("--plot: goes with several scales, such as --guidance 1,1.5,2,3")
         plots.trade_off(reports, plot)  # type: ignore[arg-type]
     if only is not None:
         emit(only.to_dict(), only.lines(), json)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from limner.errors import LimnerError
+from limner.evaluation import processes
 from limner.evaluation.features import FeatureNetwork, as_rgb
 from limner.evaluation.metrics import ColourSums, Moments, ScoreSums
 
@@ -178,12 +178,8 @@ def collect(
 
 def gathered(found: Collected) -> Collected:
     """The sums over all processes of torch.distributed, in rank order; itself when there is one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return found
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, found)
-    first: Collected = parts[0]
-    for part in parts[1:]:
+    first, *others = processes.gathered(found)
+    for part in others:
         first.merge(part)
     return first
 

@@ -16,6 +16,7 @@ from limner.evaluation import reference as references
 from limner.evaluation.collect import KEEP, collect, rebatched
 from limner.evaluation.features import FeatureNetwork, network
 from limner.evaluation.figures import Subject, measure, sheet, warnings_of
+from limner.evaluation.processes import in_turn
 from limner.evaluation.real import RealPictures, open_real
 from limner.evaluation.report import Report
 from limner.evaluation.retrieval import Search
@@ -50,7 +51,8 @@ def evaluate(
     reference is another; then all the reference's captions are searched for, and else those of its held-out rows.
     pictures: shown in the report. seed: of the evaluation's draws.
 
-    Under torch.distributed every process gives its own samples and gets the same report. Raises LimnerError: no
+    Under torch.distributed the processes share the samples of a path, and of anything else every process gives its own;
+    all get the same report. Raises LimnerError: no
     pictures or one, several sizes, NaN, classes that the reference has not, a reference of another size.
     """
     net = network(features) if isinstance(features, str) else features
@@ -58,6 +60,8 @@ def evaluate(
     opened = open_samples(samples)
     data, real = _reference(reference, net, opened.size, tell)
     batches = rebatched(in_classes(opened.batches, real.class_names), num)
+    if isinstance(samples, str | Path):
+        batches = in_turn(batches)
     search = None
     if data is not None and data.texts is not None:
         search = Search(data, net, None if trained_on is None else open_real(trained_on, opened.size))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from limner.errors import LimnerError, suggest
-from limner.evaluation import neighbours
+from limner.evaluation import neighbours, processes
 from limner.evaluation.collect import BATCH, Batch
 from limner.evaluation.features import SIDE, EfficientNetLite0, FeatureNetwork, Pictures
 from limner.evaluation.metrics import Estimate, bootstrap_mean
@@ -161,10 +161,7 @@ class Search:
     def _gathered(self) -> tuple[list[str], Tensor]:
         """Those of all processes."""
         mine = (self._asked, torch.cat(self._features) if self._features else torch.zeros(0, self.network.dim))
-        parts = [mine]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts = [mine] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, mine)
+        parts = processes.gathered(mine)
         return [text for texts, _ in parts for text in texts], torch.cat([features for _, features in parts])
 
 

@@ -20,6 +20,7 @@ from limner.errors import LimnerError
 from limner.evaluation.collect import Batch
 from limner.evaluation.evaluate import Progress
 from limner.evaluation.evaluate import evaluate as compare
+from limner.evaluation.processes import part_of
 from limner.evaluation.reference import is_statistics
 from limner.evaluation.report import Report
 from limner.generator import BATCH, Generator, to_uint8
@@ -51,7 +52,7 @@ def evaluate(
     asked = {name: value for name, value in drawing.items() if name in SETTINGS}
     how = {**asdict(generator.settings(**asked)), "seed": drawing.get("seed", 0), "run": generator.digest}
     against = referred(generator, reference)
-    batches = drawn(generator, _share(num or NUM), drawing, conditions_for(generator, against, drawing))
+    batches = drawn(generator, part_of(range(num or NUM)), drawing, conditions_for(generator, against, drawing))
     return compare(
         batches,
         against,
@@ -124,14 +125,6 @@ def _rotated(generator: Generator, options: Mapping[str, Any], start: int, count
     if "label" in generator.modalities and options.get("label") is None:
         given["label"] = range(len(generator.classes))
     return {name: [values[k % len(values)] for k in range(start, start + count)] for name, values in given.items()}
-
-
-def _share(num: int) -> range:
-    """The numbers of `num` pictures, or of this process's part of them under torch.distributed."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return range(num)
-    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return range(num * rank // processes, num * (rank + 1) // processes)
 
 
 def trained_elsewhere(generator: Generator, reference: Any) -> DataConfig | None:
