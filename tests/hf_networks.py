@@ -110,11 +110,12 @@ def bert_tokenizer(folder: Path) -> transformers.BertTokenizer:
     return transformers.BertTokenizer(str(folder / "vocab.txt"), model_max_length=77)
 
 
-def latent_diffusion(folder: Path) -> diffusers.LDMTextToImagePipeline:
+def latent_diffusion(folder: Path, *, heads: int = 2, head_dim: int = 8,
+                     hidden: int = 40) -> diffusers.LDMTextToImagePipeline:  # fmt: skip
     """As the published text-to-image model: an autoencoder with f = 8."""
     tokenizer = bert_tokenizer(folder)
-    config = LDMBertConfig(vocab_size=len(tokenizer), encoder_layers=2, encoder_ffn_dim=40, encoder_attention_heads=2,
-                           head_dim=8, d_model=32, dropout=0.0)  # fmt: skip
+    config = LDMBertConfig(vocab_size=len(tokenizer), encoder_layers=2, encoder_ffn_dim=hidden, head_dim=head_dim,
+                           encoder_attention_heads=heads, d_model=32, dropout=0.0)  # fmt: skip
     pipeline = diffusers.LDMTextToImagePipeline(
         vqvae=autoencoder_kl(4), bert=random_weights(LDMBertModel(config)), tokenizer=tokenizer, unet=unet_condition(),
         scheduler=diffusers.DDIMScheduler(**DDIM),

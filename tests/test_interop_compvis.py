@@ -137,8 +137,10 @@ def test_an_autoencoder_alone(tmp_path: Path, io: dict[str, Tensor]) -> None:
         ({"unet_config__params__num_heds": 3}, "num_heds: unknown argument; did you mean 'num_heads'"),
         ({"unet_config__params__num_heads": None}, "needs num_heads or num_head_channels"),
         ({"unet_config__params__model_channels": 64}, "gives the shape"),
-        ({"conditioning_key": "concat"}, "conditioning_key 'concat' isn't read yet"),
-        ({"cond_stage_config__target": "ldm.modules.encoders.modules.BERTEmbedder"}, "BERTEmbedder isn't read yet"),
+        ({"conditioning_key": "hybrid"}, "conditioning_key 'hybrid' has no counterpart"),
+        ({"conditioning_key": "concat"}, "ClassEmbedder has no counterpart for concat"),
+        ({"cond_stage_config__target": "ldm.modules.encoders.modules.FrozenT5Embedder"},
+         "FrozenT5Embedder has no counterpart"),
         ({"first_stage_config__target": "somebody.Else"}, "Else has no counterpart"),
         ({"first_stage_config__params__ddconfig__attn_type": "linear"}, "'linear' has no counterpart"),
         ({"cond_stage_config": "__is_unconditional__"}, "cross_attention needs a condition"),
@@ -157,7 +159,11 @@ def test_what_is_needed_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("network.out.bias", "a Limner run"), ("down_blocks.0.x", "needs config.json beside it"), ("a.b", "such as 'a.b'")],
+    [
+        ("network.out.bias", "a Limner run"),
+        ("down_blocks.0.x", "needs config.json beside it"),
+        ("a.b", "such as 'a.b'"),
+    ],
 )
 def test_other_weights_are_told_apart(tmp_path: Path, name: str, said: str) -> None:
     save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")

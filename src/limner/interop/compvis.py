@@ -18,15 +18,23 @@ from limner import build
 from limner import config as c
 from limner.core.schedule import DiscreteSchedule
 from limner.errors import LimnerError
-from limner.interop import compvis_keys, unet_keys
-from limner.interop.compvis_config import Settings, model_settings, recipe
+from limner.interop import compvis_conditions, compvis_keys, unet_keys
+from limner.interop.compvis_config import (
+    AUTOENCODERS,
+    Settings,
+    autoencoder_recipe,
+    factor,
+    latent_size,
+    model_settings,
+    recipe,
+    unet_arguments,
+)
 from limner.interop.imported import Imported, imported, normalisation
-from limner.interop.keymap import Rule, rule, under
+from limner.interop.keymap import Rule, under
 from limner.interop.safe import Content
 
 NETWORK = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
-CONDITION = "cond_stage_model."
 AVERAGE = "model_ema."
 
 BUFFERS = (
@@ -56,26 +64,24 @@ def read(content: Content, path: Path, config: str | Path | None) -> Imported:
     if f"{NETWORK}time_embed.0.weight" not in content.weights:
         return _autoencoder(content.weights, settings, where)
     weights, notes = _chosen_weights(content.weights, settings, where)
-    made = recipe(settings, where)
+    classes, f, size = unet_arguments(settings)["num_classes"], factor(settings), latent_size(settings)
+    told = compvis_conditions.told(settings, classes, f, size, weights, where)
+    made = recipe(settings, told.sections, told.classes, where)
     _check_schedule(weights, made, where)
-    space = made.space
-    rules = _network_table(made)
-    given: dict[str, Tensor] = {}
-    ignore = [*BUFFERS, *UNUSED]
-    if isinstance(space, c.LatentSpace):
-        rules += under(FIRST_STAGE, "autoencoder.", compvis_keys.autoencoder(space.autoencoder))
-        given = _latent_scale(space.autoencoder, _scale_factor(weights, settings))
-    if not made.conditions:
-        ignore.append(f"{CONDITION}*")
-    null = next((True for section in made.conditions if getattr(section, "null", False)), False)
-    notes += [f"{where}: the last row of its class embedding is taken for the null class"] * null
-    return imported(made, weights, rules, where, ignore=ignore, given=given, notes=notes)
+    rules = [*_network_table(made), *told.rules]
+    given = dict(told.given)
+    if isinstance(made.space, c.LatentSpace):
+        rules += under(FIRST_STAGE, "autoencoder.", compvis_keys.autoencoder(made.space.autoencoder))
+        given |= _latent_scale(made.space.autoencoder, _scale_factor(weights, settings))
+    ignore = [*BUFFERS, *UNUSED, *told.unused]
+    return imported(made, weights, rules, where, ignore=ignore, given=given, notes=[*notes, *told.notes])
 
 
 def _autoencoder(weights: Mapping[str, Tensor], settings: Settings, where: str) -> Imported:
-    made = recipe(settings, where)
-    if not isinstance(made.model, c.AutoencoderConfig):
+    if settings.target not in AUTOENCODERS:
         raise LimnerError(f"{where}: an autoencoder's weights, but the config describes a diffusion model")
+    made = autoencoder_recipe(settings, where)
+    assert isinstance(made.model, c.AutoencoderConfig)
     rules = under("", "autoencoder.", compvis_keys.autoencoder(made.model))
     return imported(made, weights, rules, where, ignore=UNUSED, given=_latent_scale(made.model, 1.0))
 
@@ -146,9 +152,4 @@ def _network_table(made: c.RunConfig) -> list[Rule]:
     else:
         new_order = made.provenance.get("new_attention_order", False)
         attention = unet_keys.self_attention(unet_keys.heads_of(model), heads_outside=not new_order)
-    network = under(NETWORK, "network.", [*unet_keys.ENDS, *unet_keys.blocks(attention)])
-    return [
-        *network,
-        rule(f"{NETWORK}label_emb", "conditioner.modalities.label.table"),
-        rule(f"{CONDITION}embedding", "conditioner.modalities.label.table"),
-    ]
+    return under(NETWORK, "network.", [*unet_keys.ENDS, *unet_keys.blocks(attention)])

@@ -80,31 +80,55 @@ def model_settings(config: str | Path) -> Settings:
     return Settings(raw, "", str(config)).part("model")
 
 
-def recipe(settings: Settings, where: str) -> c.RunConfig:
-    """The recipe of a diffusion model or an autoencoder. Raises LimnerError for whatever has no counterpart."""
-    provenance = {"format": "CompVis", "file": Path(where).name, "target": settings.target}
-    if settings.target in AUTOENCODERS:
-        size = settings.need("ddconfig")["resolution"]
-        raw = {"task": "autoencoder", "model": autoencoder(settings), "data": {"size": size},
-               "training": {"precision": "fp32"}, "provenance": provenance}  # fmt: skip
-        return c.parse(raw, settings.file)
-    unet = settings.part("unet_config")
-    arguments = unet.complete(UNET_DEFAULTS)
+def autoencoder_recipe(settings: Settings, where: str) -> c.RunConfig:
+    """The recipe of an autoencoder. Raises LimnerError for whatever has no counterpart."""
+    raw = {"task": "autoencoder", "model": autoencoder(settings),
+           "data": {"size": settings.need("ddconfig")["resolution"]}, "training": {"precision": "fp32"},
+           "provenance": _provenance(settings, where)}  # fmt: skip
+    return c.parse(raw, settings.file)
+
+
+def _provenance(settings: Settings, where: str) -> dict[str, Any]:
+    return {"format": "CompVis", "file": Path(where).name, "target": settings.target}
+
+
+def unet_arguments(settings: Settings) -> dict[str, Any]:
+    """All arguments of the U-Net. Raises LimnerError for one that it doesn't have."""
+    return settings.part("unet_config").complete(UNET_DEFAULTS)
+
+
+def factor(settings: Settings) -> int:
+    """f: by how much the autoencoder shrinks pictures; 1 in pixels."""
+    if settings.params.get("first_stage_config") is None:
+        return 1
+    return 2 ** (len(autoencoder(settings.part("first_stage_config"))["levels"]) - 1)
+
+
+def latent_size(settings: Settings) -> tuple[int, int]:
+    """Height and width of what the U-Net works on."""
+    size = settings.need("image_size")
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def recipe(settings: Settings, conditions: list[dict[str, Any]], classes: list[str] | None,
+           where: str) -> c.RunConfig:  # fmt: skip
+    """The recipe of a diffusion model. Raises LimnerError for whatever has no counterpart."""
+    arguments = unet_arguments(settings)
     latent = settings.params.get("first_stage_config") is not None
     space = {"kind": "latent", "autoencoder": autoencoder(settings.part("first_stage_config"))} if latent else None
-    conditions, classes = _conditions(settings, arguments)
-    guided = any(section["null"] for section in conditions)
+    guided = any(section.get("null") for section in conditions)
     raw = {
-        "data": {"size": _size(settings, space), "channels": _image_channels(settings)},
+        "data": {"size": [side * factor(settings) for side in latent_size(settings)],
+                 "channels": _image_channels(settings)},
         **({"space": space} if space else {}),
         "process": _process(settings),
-        "model": _network(arguments, unet.where),
+        "model": _network(arguments, settings.part("unet_config").where),
         "conditions": conditions,
         "classes": classes,
         "sampling": {"sampler": "ddim", "steps": 50, "spacing": "leading+1", "guidance": 3.0 if guided else 1.0,
                      "clip": not latent},
         "training": {"precision": "fp32"},
-        "provenance": {**provenance, "new_attention_order": arguments["use_new_attention_order"]},
+        "provenance": {**_provenance(settings, where), "new_attention_order": arguments["use_new_attention_order"]},
     }  # fmt: skip
     return c.parse(raw, settings.file)
 
@@ -113,13 +137,6 @@ def _image_channels(settings: Settings) -> int:
     if settings.params.get("first_stage_config") is None:
         return settings.get("channels", 3)
     return settings.part("first_stage_config").need("ddconfig")["in_channels"]
-
-
-def _size(settings: Settings, space: Mapping[str, Any] | None) -> list[int]:
-    """Height and width of the picture; `image_size` is the latent's."""
-    size = settings.need("image_size")
-    factor = 2 ** (len(space["autoencoder"]["levels"]) - 1) if space else 1
-    return [side * factor for side in ([size, size] if isinstance(size, int) else size)]
 
 
 # --- the networks ---------------------------------------------------------------------------------------------------
@@ -173,10 +190,6 @@ def _network(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
          "attention": 2**i in factors and not transformer, "cross_attention": depth * (2**i in factors and transformer)}
         for i, (mult, count) in enumerate(zip(multipliers, counts, strict=True))
     ]  # fmt: skip
-    if transformer and depth > 1 and not levels[-1]["cross_attention"]:
-        raise LimnerError(
-            f"{where}: transformer_depth {depth} in the middle, with none at the last level, has no counterpart"
-        )
     fixed, number = arguments["num_head_channels"], arguments["num_heads"]
     above = arguments["num_heads_upsample"]
     if fixed == -1 and above not in (-1, number):
@@ -190,6 +203,7 @@ def _network(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
         "modulation": "scale_shift" if arguments["use_scale_shift_norm"] else "add",
         "resample": resample,
         "middle": "transformer" if transformer else "attention",
+        "middle_depth": depth if transformer else None,
         "head_dim": None if fixed == -1 else fixed,
         "heads": number if fixed == -1 else None,
         "time_channels": arguments["model_channels"],
@@ -205,7 +219,7 @@ def _refuse(arguments: Mapping[str, Any], only: Mapping[str, Any], where: str) -
             raise LimnerError(f"{where}.{name}: {arguments[name]} has no counterpart; only {value} has")
 
 
-# --- the process and its conditions ----------------------------------------------------------------------------------
+# --- the process ----------------------------------------------------------------------------------
 
 
 def _process(settings: Settings) -> dict[str, Any]:
@@ -230,26 +244,3 @@ def _process(settings: Settings) -> dict[str, Any]:
         "prediction": predictions[predicted],
         "time_input": "step",
     }
-
-
-def _conditions(settings: Settings, unet: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str] | None]:
-    """Conditions, and names of the classes. `concat` is the default key where the YAML names none."""
-    stage = settings.get("cond_stage_config", UNCONDITIONAL)
-    key = settings.get("conditioning_key", "concat" if settings.get("concat_mode", True) else "crossattn")
-    if stage == UNCONDITIONAL:
-        return [], None
-    where = f"{settings.where}.cond_stage_config"
-    if key not in ("crossattn", "adm"):
-        raise LimnerError(
-            f"{settings.where}: conditioning_key '{key}' isn't read yet; crossattn and adm are, for classes"
-        )
-    if key == "adm":
-        classes = unet["num_classes"]
-        return [{"kind": "label", "dropout": 0.0, "null": False}], [str(k) for k in range(classes)]
-    embedder = settings.part("cond_stage_config")
-    if embedder.target != "ClassEmbedder":
-        raise LimnerError(f"{where}: {embedder.target} isn't read yet; ClassEmbedder is")
-    rows, null = embedder.get("n_classes", IMAGENET), "n_classes" in embedder.params
-    section = {"kind": "label", "dropout": 0.1 if null else 0.0, "enters": "token", "null": null,
-               "width": embedder.need("embed_dim")}  # fmt: skip
-    return [section], [str(k) for k in range(rows - null)]

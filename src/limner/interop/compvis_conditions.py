@@ -1,0 +1,99 @@
+"""What CompVis' models are told: classes, text, layouts as tokens; semantic maps and small pictures, concatenated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limner.errors import LimnerError
+from limner.interop import compvis_text, hf_text
+from limner.interop.compvis_config import IMAGENET, UNCONDITIONAL, Settings
+from limner.interop.keymap import Rule, per_weight, rule
+
+CONDITION = "cond_stage_model."
+FIRST_STAGE = "__is_first_stage__"
+MAP = "conditioner.modalities.semantic_map.rescale"
+LABEL = "conditioner.modalities.label.table"
+
+
+@dataclass(frozen=True)
+class Told:
+    """A model's conditions: their sections of a recipe, names of the classes, the table of their weights, weights that
+    the file says in another way, what of its weights draws nothing, and what the user should know."""
+
+    sections: list[dict[str, Any]] = field(default_factory=list)
+    classes: list[str] | None = None
+    rules: list[Rule] = field(default_factory=list)
+    given: dict[str, Tensor] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def told(settings: Settings, classes: int | None, factor: int, latent: tuple[int, int], weights: Mapping[str, Tensor],
+         where: str) -> Told:  # fmt: skip
+    """classes: of the U-Net's own embedding. factor: f. latent: height and width of x_t. `concat` is the default key
+    where the YAML names none. Raises LimnerError for whatever has no counterpart."""
+    stage = settings.get("cond_stage_config", UNCONDITIONAL)
+    key = settings.get("conditioning_key", "concat" if settings.get("concat_mode", True) else "crossattn")
+    if stage == UNCONDITIONAL:
+        return Told(unused=(f"{CONDITION}*",))
+    if key == "adm":
+        section = {"kind": "label", "dropout": 0.0, "null": False}
+        rules = [rule("model.diffusion_model.label_emb", LABEL), rule(f"{CONDITION}embedding", LABEL)]
+        return Told([section], [str(k) for k in range(classes or 0)], rules)
+    if key not in ("crossattn", "concat"):
+        raise LimnerError(f"{settings.where}: conditioning_key '{key}' has no counterpart; crossattn, concat, adm have")
+    if stage == FIRST_STAGE:
+        raise LimnerError(f"{settings.where}.cond_stage_config: {FIRST_STAGE} (inpainting) has no counterpart: its "
+                          "hole is black, Limner's grey")  # fmt: skip
+    embedder = settings.part("cond_stage_config")
+    if key == "concat":
+        return _concatenated(embedder, factor, latent, weights)
+    if embedder.target == "ClassEmbedder":
+        return _classes(embedder, where)
+    text = compvis_text.read(embedder, weights, CONDITION)
+    data, notes = text.vocabulary(where)
+    return Told([text.section], None, text.rules, {f"{hf_text.TEXT}tokenizer.data": data}, text.unused, notes)
+
+
+def _classes(embedder: Settings, where: str) -> Told:
+    rows, null = embedder.get("n_classes", IMAGENET), "n_classes" in embedder.params
+    section = {"kind": "label", "dropout": 0.1 if null else 0.0, "enters": "token", "null": null,
+               "width": embedder.need("embed_dim")}  # fmt: skip
+    notes = [f"{where}: the last row of its class embedding is taken for the null class"] * null
+    return Told([section], [str(k) for k in range(rows - null)], [rule(f"{CONDITION}embedding", LABEL)], notes=notes)
+
+
+def _concatenated(embedder: Settings, factor: int, latent: tuple[int, int], weights: Mapping[str, Tensor]) -> Told:
+    if embedder.target == "Identity":
+        return Told([{"kind": "image", "dropout": 0.0, "null": False, "size": list(latent)}])
+    if embedder.target != "SpatialRescaler":
+        raise LimnerError(f"{embedder.where}: {embedder.target} has no counterpart for concat; SpatialRescaler and "
+                          "torch.nn.Identity have")  # fmt: skip
+    classes, method = embedder.get("in_channels", 3), embedder.get("method", "bilinear")
+    shrinks = (1 / embedder.get("multiplier", 0.5)) ** embedder.get("n_stages", 1)
+    if shrinks != factor or method not in ("bilinear", "area", "nearest"):
+        raise LimnerError(f"{embedder.where}: {method} to 1/{shrinks:g} has no counterpart; bilinear, area or nearest "
+                          f"to 1/{factor}, as the autoencoder, has")  # fmt: skip
+    width = embedder.get("out_channels", classes)
+    section = {"kind": "semantic_map", "dropout": 0.0, "classes": [str(k) for k in range(classes)], "width": width}
+    kernel = torch.full((factor, factor), 1 / factor**2)
+    if method == "nearest":
+        kernel = torch.zeros(factor, factor)
+        kernel[0, 0] = 1
+    # Halving by two pixels' mean, again and again, then a convolution of one pixel: one strided convolution.
+    spread = per_weight(lambda x: x * kernel.to(x), lambda x: x.sum((2, 3), keepdim=True))
+    given: dict[str, Tensor] = {}
+    if f"{CONDITION}channel_mapper.weight" not in weights:
+        given[f"{MAP}.weight"] = torch.eye(classes)[:, :, None, None] * kernel
+    if f"{CONDITION}channel_mapper.bias" not in weights:
+        given[f"{MAP}.bias"] = torch.zeros(width)
+    rules = [
+        Rule((f"{CONDITION}channel_mapper.weight",), (f"{MAP}.weight",), spread),
+        Rule((f"{CONDITION}channel_mapper.bias",), (f"{MAP}.bias",)),
+    ]
+    return Told([section], None, rules, given)
