@@ -1,7 +1,7 @@
 """Whether a picture shows what was asked for, condition by condition, beside what real pictures would score.
 
 data = prepare(config, recipe.wants(config))                         # the training rows teach the judges
-of_run(generator, test, data, num=64)                                # {"map_miou": ..., "map_miou_real": ..., ...}
+of_run(generator, test, data)                                # {"map_miou": ..., "map_miou_real": ..., ...}
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limner.data.dataset import Dataset
+from limner.data.dataset import Dataset, Rows
 from limner.data.overlays import VOID, SemanticMaps
 from limner.errors import LimnerError
 from limner.generator import Generator, to_uint8
 from limner.nn.perceptual import Lite0Features, psnr
 
 STEPS, BATCH, LR = 400, 8, 3e-3
+ROWS = 64
 LEAST_SIDE = 128
 """Pictures are enlarged so that their shorter side has about as many pixels: the features were learnt on large ones."""
 SPANS = (16, 24, 40, 112)
@@ -174,14 +175,14 @@ def fidelity(drawn: Uint8, asked: Mapping[str, Any], data: Dataset, real: Uint8 
     return found
 
 
-def of_run(generator: Generator, test: Dataset, data: Dataset, *, num: int = 64, seed: int = 0,
+def of_run(generator: Generator, test: Dataset, data: Dataset, *, rows: Rows | None = None, seed: int = 0,
            judges: Mapping[str, Segmenter] | None = None, **drawing: Any) -> dict[str, float]:  # fmt: skip
-    """The fidelity of a run on the conditions of the first `num` rows of `test`, rows that it wasn't trained on.
+    """The fidelity of a run on the conditions of `rows` of `test`, which it wasn't trained on; by default the first 64.
 
     test, data: data sets with the run's conditions; the training rows of `data` teach the judges. drawing: options of
     `Generator.stream`. A small picture is given without noise. Raises LimnerError as `Generator.stream` does.
     """
-    rows = np.arange(min(num, len(test)))
+    rows = np.arange(min(ROWS, len(test))) if rows is None else np.asarray(rows)
     asked = generator.config.conditions_in(test.batch(rows))
     if "image" in asked:
         asked["image"] = asked["image"][:, : test.channels]
