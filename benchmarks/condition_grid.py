@@ -67,9 +67,7 @@ def lines(generator: Generator, test: Dataset, among: np.ndarray, rows: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument(
-        "--test", required=True, help="data that the run never saw; the same as --train: its held-out rows"
-    )
+    parser.add_argument("--test", required=True, help="data that the run never saw, or that of --train")
     parser.add_argument("--train", required=True, help="data that teach the judge of maps and boxes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=6)
