@@ -24,6 +24,7 @@ from starlette.testclient import TestClient
 import limner
 import tiny_studio
 from limner.errors import LimnerError
+from limner.outputs import png
 from limner.redraw import Repeat
 from limner.studio import server
 from limner.studio.engine import Engine
@@ -186,6 +187,20 @@ def test_what_is_wrong_is_said_in_a_sentence(client: TestClient, body: dict[str,
     assert any(part in sentence(answer) for part in said.split("|"))
 
 
+def test_a_picture_is_started_from_and_painted_in(client: TestClient) -> None:
+    white = [base64.b64encode(png(np.full((8, 8, 3), level, np.uint8))).decode() for level in (60, 255)]
+    half = base64.b64encode(png(np.repeat(np.array([0, 255], np.uint8), 32).reshape(8, 8, 1))).decode()
+    for more in ({"strength": 0.5}, {"mask": half}):
+        answer = client.post("/api/draw", json={"image": white[0], "seed": 1, "label": 0, **more}).json()
+        pixels, file = opened(answer["pictures"][0]["png"])
+        other = client.post("/api/draw", json={"image": white[1], "seed": 1, "label": 0, **more}).json()
+        assert not np.array_equal(pixels, opened(other["pictures"][0]["png"])[0])
+        if "mask" in more:
+            assert (pixels[:4] == 60).all(), "what the mask keeps stays"
+        again = Repeat.read(file, "x").options
+        assert again["strength" if "strength" in more else "mask"]
+
+
 def test_a_bomb_is_not_opened(client: TestClient) -> None:
     file = io.BytesIO()
     Image.new("1", (5_000, 5_000)).save(file, "PNG")
@@ -207,7 +222,8 @@ ANYTHING = st.recursive(
     max_leaves=12,
 )
 FIELDS = st.sampled_from(
-    "model num n first seed label text negative_text image steps guidance sampler spacing interval rescale eta "
+    "model num n first seed label text negative_text image mask strength semantic_map boxes "
+    "steps guidance sampler spacing interval rescale eta "
     "classifier_scale prompt size response_format negative_prompt other".split()
 )
 BODIES = st.dictionaries(FIELDS, ANYTHING, min_size=1, max_size=5).map(lambda body: json.dumps(body).encode())

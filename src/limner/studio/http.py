@@ -63,7 +63,11 @@ class Draw(Settings):
     label: One | list[One] | None = Field(None, description="names or numbers; one, or one a picture in rotation")
     text: str | list[str] | None = Field(None, description="captions")
     negative_text: str | list[str] | None = Field(None, description="what the pictures should not be")
-    image: str | list[str] | None = Field(None, description="small pictures to enlarge, in base64")
+    image: str | list[str] | None = Field(None, description="to enlarge, vary, paint in or start from; base64")
+    mask: str | None = Field(None, description="with image: white is painted anew; base64")
+    strength: Real | None = Field(None, description="with image: how far to noise it before drawing, 0 to 1")
+    semantic_map: str | None = Field(None, description="a PNG of class numbers, in base64")
+    boxes: list[tuple[One, Real, Real, Real, Real]] | None = Field(None, description="(class, x, y, w, h) in 0..1")
 
 
 class Generation(Settings):
@@ -190,11 +194,14 @@ def _size(engine: Engine, name: str) -> str:
 
 
 def _of_limner(engine: Engine, asked: Draw) -> Drawing:
-    images = [asked.image] if isinstance(asked.image, str) else asked.image
-    conditions = {"label": asked.label, "text": asked.text, "negative_text": asked.negative_text}
-    if images is not None:
-        conditions["image"] = [reading.picture(each, "image", engine.limits) for each in images[: engine.limits.num]]
-    return engine.request(model=asked.model, num=asked.num, first=asked.first, conditions=conditions, **asked.chosen())
+    name = engine.shelf.named(asked.model)
+    images = [asked.image] if isinstance(asked.image, str) else (asked.image or [])[: engine.limits.num]
+    conditions: dict[str, Any] = {"label": asked.label, "text": asked.text, "negative_text": asked.negative_text}
+    conditions["boxes"] = [asked.boxes] if asked.boxes else None
+    conditions |= reading.told(engine.shelf.generators[name], engine.limits, image=images, mask=asked.mask,
+                               semantic_map=asked.semantic_map)  # fmt: skip
+    return engine.request(model=name, num=asked.num, first=asked.first, conditions=conditions, strength=asked.strength,
+                          **asked.chosen())  # fmt: skip
 
 
 def _of_openai(engine: Engine, asked: Generation) -> Drawing:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
+from limner.data.overlays import class_numbers, refuse_classes
+from limner.data.transforms import PictureError, colour, fitted, flattened
 from limner.errors import LimnerError
+from limner.generator import Generator
 from limner.studio.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -16,12 +22,46 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 def picture(data: str, name: str, limits: Limits) -> Image.Image:
     """RGB picture of base64 text, or of a `data:` URL. Raises LimnerError for anything else, or for one too large."""
+    return decoded(raw_of(data, name), name, limits)
+
+
+def raw_of(data: str, name: str) -> bytes:
+    """The bytes of base64 text, or of a `data:` URL. Raises LimnerError."""
     body = data.partition(",")[2] if data.startswith("data:") else data
     try:
-        raw = base64.b64decode(body, validate=True)
+        return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
         raise LimnerError(f"{name}: is not base64; a PNG, JPEG or WebP in base64 would do") from None
-    return decoded(raw, name, limits)
+
+
+def told(generator: Generator, limits: Limits, *, image: Sequence[str], mask: str | None,
+         semantic_map: str | None) -> dict[str, Any]:  # fmt: skip
+    """Pictures in base64 as options of `Generator.stream`, in the sizes and channels that the model has. mask: white
+    is painted anew. semantic_map: a picture of class numbers. Raises LimnerError."""
+    kinds: dict[str, Any] = {section.kind: section for section in generator.config.conditions}
+    canvas = generator.config.data.size or (0, 0)
+    size = kinds["image"].size if "image" in kinds and mask is None else canvas
+    found: dict[str, Any] = {}
+    if image:
+        found["image"] = [as_told(generator, picture(each, "image", limits), size) for each in image]
+    if mask is not None:
+        hole = fitted(picture(mask, "mask", limits).convert("L"), canvas)
+        found["mask"] = [Image.fromarray(np.where(np.asarray(hole) >= 128, 255, 0).astype(np.uint8))]
+    if semantic_map is not None:
+        picture(semantic_map, "semantic_map", limits)  # its bounds
+        try:
+            numbers = class_numbers(raw_of(semantic_map, "semantic_map"))
+            refuse_classes(np.asarray(numbers), len(getattr(kinds.get("semantic_map"), "classes", None) or ()) or None)
+        except PictureError as error:
+            raise LimnerError(f"semantic_map: {error}") from None
+        found["semantic_map"] = [fitted(numbers, canvas, Image.Resampling.NEAREST)]
+    return found
+
+
+def as_told(generator: Generator, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture of any kind in the model's channels and of this (height, width)."""
+    data = generator.config.data
+    return fitted(flattened(image, data.channels, colour(data.ground)), size)
 
 
 def decoded(raw: bytes, name: str, limits: Limits) -> Image.Image:

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
-from limner.data.transforms import colour, fitted, flattened
+from limner.data.transforms import fitted
 from limner.errors import LimnerError
 from limner.generator import Generator
 from limner.redraw import Repeat
+from limner.studio.reading import as_told
 
 CANVAS = 320
 """Pixels on the page that a canvas' longer side has."""
@@ -176,12 +177,6 @@ class Inpaint:
         layer = Image.new("RGBA", self.canvas, (255, 0, 255, 255))
         layer.putalpha(hole.convert("L"))
         return [{"background": large, "layers": [layer], "composite": None}]
-
-
-def as_told(generator: Generator, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A picture of any kind in the model's channels and of this (height, width)."""
-    data = generator.config.data
-    return fitted(flattened(image, data.channels, colour(data.ground)), size)
 
 
 def _painted(image: Image.Image | None) -> Any:
