@@ -97,7 +97,9 @@ class Blocks:
                 skips.append(level.channels)
         return stages, skips
 
-    def middle(self, level: Level, kind: Literal["attention", "transformer", "none"], depth: int | None = None) -> Stage:
+    def middle(
+        self, level: Level, kind: Literal["attention", "transformer", "none"], depth: int | None = None
+    ) -> Stage:
         channels = level.channels
         between: list[nn.Module] = []
         if kind == "transformer":
