@@ -217,8 +217,11 @@ def test_a_hole_is_painted_anew_and_the_rest_is_kept(studio: Studio, tmp_path: P
     file = tmp_path / "known.png"
     Image.fromarray(known).resize((320, 320), Image.Resampling.NEAREST).save(file)
     studio.page.locator('.limner-inpaint:visible input[type="file"]').first.set_input_files(file)
-    studio.page.wait_for_timeout(1500)
-    studio.button("Draw").click()
+    for _ in range(40):  # until the editor has taken the picture in
+        studio.button("Draw").click()
+        studio.page.wait_for_timeout(1500)
+        if "Mask: nothing is painted over" in studio.page.locator(".limner-told:visible").first.inner_text():
+            break
     studio.told("Mask: nothing is painted over")
     studio.paint(".limner-inpaint")
     drawn = studio.draw()
