@@ -100,7 +100,7 @@ def test_an_unknown_preset_and_a_missing_or_wrong_budget(shop: Workshop, tmp_pat
 
 
 def test_a_run_directory_with_no_model(shop: Workshop, tmp_path: Path, refused: Refusal) -> None:
-    refused(run(["sample", str(tmp_path), "--out", str(tmp_path / "x.png")]), "no run", "config.yaml")
+    refused(run(["sample", str(tmp_path), "--out", str(tmp_path / "x.png")]), "neither a run", "config.yaml")
     shutil.copy(shop.run / "config.yaml", tmp_path)
     refused(run(["sample", str(tmp_path), "--out", str(tmp_path / "x.png")]), "no model yet", "model.safetensors")
 

@@ -42,7 +42,7 @@ def test_help_of_each_command_has_examples_and_json(name: str, capsys: pytest.Ca
     assert run([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"limner {name} " in shown.split("Examples:")[1]
-    assert "--json" in shown
+    assert "--json" in shown or name == "studio"  # a server ends without a result
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +60,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "line"),
     [
         (["trian"], "limner: No such command 'trian'. Did you mean 'train'? (see limner --help)"),
-        (["sample"], "limner: Missing argument 'RUN' (see limner sample --help)"),
+        (["sample"], "limner: Missing option '--out' (see limner sample --help)"),
         (["sample", "r", "--lable", "cat"], "--label"),
         (["train", "d", "--out", "r", "--task", "segmentation"], "--task"),
         (["sample", "r", "--out", "x.png", "--num", "many"], "--num"),

@@ -153,7 +153,7 @@ def prepare_tile(home: Path, number: int) -> bytes:
         (["--set", "data.text_column=caption"], "caption"),
         (["--set", "data.size=[9, 9]"], "multiples of 2"),
         (["--set", "data.channels=1", "--autoencoder", "LEARNT"], "channels"),
-        (["--autoencoder", "DATA"], "no run"),
+        (["--autoencoder", "DATA"], "neither a run"),
     ],
 )
 def test_what_does_not_fit_is_refused(learnt: Path, workshop: Path, tmp_path: Path, more: list[str], words: str,

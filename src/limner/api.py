@@ -234,6 +234,14 @@ def bits_per_dim(run: str | Path, *, num: int = 64, seed: int = 0, batch: int = 
     return runs.bits_per_dim(_drawing(load(run), run), num=num, seed=seed, batch=batch)
 
 
+def condition_fidelity(run: str | Path, reference: Any = None, **options: Any) -> dict[str, float]:
+    """Whether a run's pictures show the maps, boxes, small or masked pictures they were drawn for:
+    `evaluation/runs.py: condition_fidelity`, whose options these are."""
+    from limner.evaluation import runs
+
+    return runs.condition_fidelity(_drawing(load(run), run), reference, **options)
+
+
 def reconstruct(run: Generator | str | Path, images: Any = None, **options: Any) -> Any:
     """Encode pictures and decode them again: PSNR, SSIM, perceptual distance, rFD, images a second.
 

@@ -249,18 +249,19 @@ class Generator(Loaded):
         cond: what a scale by modality needs to know. size: of x_t. negative: what guidance moves away from.
         """
         plain = denoise = build.denoiser(self.model, self.config)
-        null = self.model.embed(negative or {}, batch, size=size)
+
+        def null() -> Embedded:
+            return self.model.embed(negative, batch, size=size)
+
         if settings.scales:
-            names = [name for name in self.modalities if name in (cond or {})]
+            names = [name for name in self.modalities if name in cond]
             chain = settings.composition == "chain"
-            parts = [
-                {n: (cond or {})[n] for n in (names[: k + 1] if chain else [name])} for k, name in enumerate(names)
-            ]
+            parts = [{n: cond[n] for n in (names[: k + 1] if chain else [name])} for k, name in enumerate(names)]
             taus = [self.model.embed(part, batch, size=size) for part in parts]
-            denoise = guidance.composed(plain, [settings.scales.get(name, 1.0) for name in names], taus, null=null,
+            denoise = guidance.composed(plain, [settings.scales.get(name, 1.0) for name in names], taus, null=null(),
                                         join=Embedded.cat, chained=chain)  # fmt: skip
         elif settings.guidance != 1:
-            denoise = guidance.classifier_free(plain, settings.guidance, null=null, join=Embedded.cat)
+            denoise = guidance.classifier_free(plain, settings.guidance, null=null(), join=Embedded.cat)
         if denoise is not plain:
             denoise = guidance.rescaled(guidance.interval(denoise, plain, *settings.interval), settings.rescale)
         if settings.consistent:

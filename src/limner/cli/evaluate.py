@@ -41,6 +41,12 @@ def evaluate(
     bits_per_dim: Annotated[
         bool, typer.Option("--bits-per-dim", help="The variational bound on held-out pictures, of a run, instead.")
     ] = False,
+    fidelity: Annotated[
+        bool,
+        typer.Option(
+            "--fidelity", help="Instead: whether a run's pictures show their maps, boxes, small pictures, kept pixels."
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print every figure as JSON.")] = False,
 ) -> None:
     """Compare samples with real pictures: distances, scores, precision and recall, class accuracy, with intervals.
@@ -51,6 +57,7 @@ def evaluate(
       limner evaluate runs/photos --guidance 1,1.5,2,3 --plot trade-off.png
       limner evaluate samples.npz --reference photos --html report.html
       limner evaluate runs/photos --bits-per-dim --num 64
+      limner evaluate runs/streets --fidelity --reference streets/test.parquet --num 128
     """
     from limner import api
     from limner.evaluation import page, plots, processes
@@ -61,6 +68,10 @@ def evaluate(
         emit(facts, [f"{facts['bits_per_dim']:.3f} bits per dim on {facts['n']} held-out pictures"], json)
         return
     scales = _scales(guidance)
+    if fidelity:
+        facts = api.condition_fidelity(samples, reference, num=num, seed=seed, **_guided(scales[0]))
+        emit(facts, [f"{name}: {value:.4g}" for name, value in facts.items()], json)
+        return
     if plot is not None and len(scales) == 1:
         raise LimnerError("--plot: goes with several scales, such as --guidance 1,1.5,2,3")
     drawing: dict[str, Any] = {"sampler": sampler, "steps": steps}

@@ -23,6 +23,8 @@ from limner.nn.perceptual import Lite0Features, psnr
 
 STEPS, BATCH, LR = 400, 8, 3e-3
 ROWS = 64
+JUDGED = ("semantic_map", "boxes", "image", "mask")
+"""The conditions that can be read from a picture."""
 LEAST_SIDE = 128
 """Pictures are enlarged so that their shorter side has about as many pixels: the features were learnt on large ones."""
 SPANS = (16, 24, 40, 112)

@@ -17,6 +17,7 @@ from limner.core import guidance, losses
 from limner.core.noise import step_noise
 from limner.data.dataset import Dataset, prepare
 from limner.errors import LimnerError
+from limner.evaluation import fidelity
 from limner.evaluation.collect import Batch
 from limner.evaluation.evaluate import Progress
 from limner.evaluation.evaluate import evaluate as compare
@@ -100,7 +101,7 @@ def drawn(generator: Generator, numbers: range, drawing: Mapping[str, Any],
         count = min(ahead, numbers.stop - start)
         cond = _rotated(generator, options, start, count) if data is None else _rows(generator, data, start, count)
         for made in generator.stream(num=count, first=first + start, **{**options, **cond}):
-            yield to_uint8(generator.decode(made.latent)), facts_of(made.facts)
+            yield to_uint8(generator.finished(made)), facts_of(made.facts)
 
 
 def facts_of(facts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def facts_of(facts: list[dict[str, Any]]) -> dict[str, Any]:
 def _rows(generator: Generator, data: Dataset, start: int, count: int) -> dict[str, Any]:
     rows = np.concatenate([data.held_out, data.train])
     content = data.batch(rows[np.arange(start, start + count) % len(rows)])
-    return {kind: content[kind] for kind in generator.modalities}
+    return {"conditions": generator.config.conditions_in(content)}
 
 
 def _rotated(generator: Generator, options: Mapping[str, Any], start: int, count: int) -> dict[str, Any]:
@@ -140,6 +141,21 @@ def _is_file_of_arrays(path: str | Path) -> bool:
     return str(path).lower().endswith(".npz") or is_statistics(path)
 
 
+def condition_fidelity(generator: Generator, reference: Any = None, *, num: int | None = None, seed: int = 0,
+                       **drawing: Any) -> dict[str, float]:  # fmt: skip
+    """Whether pictures of a run show what was asked for, see `fidelity.of_run`: for the reference's rows, or those held
+    out in training. Raises LimnerError where the run has no condition that can be read from a picture."""
+    if not {section.kind for section in generator.config.conditions} & set(fidelity.JUDGED):
+        raise LimnerError(f"fidelity: needs a run with {', '.join(fidelity.JUDGED)}; labels and captions are judged by "
+                          "`limner evaluate` without it")  # fmt: skip
+    wanted = recipe.wants(generator.config)
+    taught = prepare(generator.config.data, wanted, classes=generator.classes or None)
+    section = referred(generator, reference)
+    unseen = taught if reference is None else prepare(section, wanted, classes=generator.classes or None)
+    rows = (unseen.held_out if reference is None else np.arange(len(unseen)))[: num or fidelity.ROWS]
+    return fidelity.of_run(generator, unseen, taught, rows=rows, seed=seed, **drawing)
+
+
 # --- likelihood -------------------------------------------------------------------------------------------------
 
 
@@ -159,9 +175,9 @@ def bits_per_dim(generator: Generator, *, num: int = 64, seed: int = 0, batch: i
     for start in range(0, len(rows), batch):
         chosen = rows[start : start + batch]
         content = data.batch(chosen)
-        x0 = content.pop("image").to(generator.device)
+        x0 = content["image"].to(generator.device)
         with torch.no_grad(), autocast(generator.config.training.precision, generator.device):
-            tau = generator.model.embed({k: v for k, v in content.items() if k in generator.modalities}, len(x0))
+            tau = generator.model.embed(generator.config.conditions_in(content), len(x0))
             noise = step_noise(seed, range(start, start + len(x0)), generator.shape, device=generator.device)
             bound = losses.bits_per_dim(plain, x0, path, noise, cond=tau)
         found["bits_per_dim"].append(bound.total)
