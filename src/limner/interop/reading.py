@@ -33,8 +33,8 @@ def read(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = Non
     path = Path(path)
     if path.is_dir():
         if not hf.is_folder(path):
-            raise LimnerError(f"{path}: neither a run (config.yaml) nor a folder of diffusers; give the checkpoint in it (.pt, .ckpt "
-                              "or .safetensors)")  # fmt: skip
+            raise LimnerError(f"{path}: neither a run (config.yaml) nor a folder of diffusers; give the checkpoint in "
+                              "it (.pt, .ckpt or .safetensors)")  # fmt: skip
         _needs_neither(path, flags, config)
         return hf.read(path)
     content = safe.read(path)
