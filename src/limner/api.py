@@ -22,6 +22,7 @@ from limner.interop.imported import Imported
 
 if TYPE_CHECKING:
     from limner import stages
+    from limner.training.initial import Initial
 
 Task = Literal["diffusion", "classifier", "autoencoder"]
 Progress = Callable[[int, int], None]
@@ -37,15 +38,20 @@ def load(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = Non
     flags: of a guided-diffusion `.pt`: a dict, a JSON file, or the command line that it was trained with.
     config: the YAML of a CompVis `.ckpt`. Raises LimnerError saying what is wrong with the file, or what it needs.
     """
-    path = Path(path)
+    return _ready(*_found(Path(path), flags, config))
+
+
+def _found(path: Path, flags: Any, config: Any) -> tuple[Imported, str]:
+    """The recipe and weights of what `load` reads, and the digest of its file."""
     if path.is_dir() and (path / "config.yaml").is_file():
-        return _ready(read_run(path), digest_of(path / "model.safetensors"))
+        if flags is not None or config is not None:
+            raise LimnerError(f"{path}: a run needs neither flags nor a config; leave them out")
+        return read_run(path), digest_of(path / "model.safetensors")
     if not path.exists():
         raise LimnerError(f"{path}: there is no such file or directory")
     from limner import interop
 
-    found = interop.read(path, flags=flags, config=config)
-    return _ready(found, digest_of(path) if path.is_file() else "")
+    return interop.read(path, flags=flags, config=config), digest_of(path)
 
 
 def read_recipe(run: str | Path) -> RunConfig:
@@ -120,6 +126,9 @@ def train(
     images: str | int | None = None,
     for_run: str | Path | None = None,
     autoencoder: str | Path | None = None,
+    init: str | Path | None = None,
+    flags: Mapping[str, Any] | str | Path | None = None,
+    config: str | Path | None = None,
     settings: Sequence[str] = (),
     seed: int | None = None,
     resume: bool = False,
@@ -132,9 +141,10 @@ def train(
 
     data: whatever `datasets` reads, or the name of a preset that brings its own; `resume` may leave it out.
     preset: a name of `build.preset_names()`, or a recipe file. budget: "20m"; images: "2M". for_run: the diffusion run
-    that a classifier is to guide. autoencoder: a run or checkpoint in whose latents to train. settings:
-    `"training.batch=32"`, or as keywords, `training={"batch": 32}`. progress, encoding: told (done, rows) while
-    pictures are read, and while they are encoded.
+    that a classifier is to guide. autoencoder: a run or checkpoint in whose latents to train. init: a run or
+    checkpoint to train on, with `flags` and `config` as in `load`; its recipe is taken unless a preset is named.
+    settings: `"training.batch=32"`, or as keywords, `training={"batch": 32}`. progress, encoding: told (done, rows)
+    while pictures are read, and while they are encoded.
     Returns a `TrainResult`. Raises LimnerError for wrong input before anything is written.
     """
     from limner import stages
@@ -143,14 +153,37 @@ def train(
     out = Path(out)
     if autoencoder is None and for_run is not None and read_recipe(for_run).space.kind == "latent":
         autoencoder = for_run
-    given = None if autoencoder is None else _first_stage(autoencoder)
-    wanted = _recipe(data, out, preset, task, budget, images, for_run, given, settings, seed, resume, overrides)
+    if init is None and (flags or config):
+        raise LimnerError(f"{'flags' if flags else 'config'}: says how a checkpoint is read; name it with --init FILE")
+    initial = None if init is None else _initial(Path(init), flags, config)
+    given = _first_stage(autoencoder) if autoencoder is not None else _stage_of(initial)
+    wanted = _recipe(data, out, preset, task, budget, images, for_run, given, initial, settings, seed, resume,
+                     overrides)  # fmt: skip
     if wanted.training.images is None and wanted.training.budget_s is None:
         raise LimnerError("training has no end: give a budget, such as 20m, or a number of images, such as 2M")
     pictures = prepare(wanted.data, recipe.wants(wanted), progress)
     complete = recipe.complete(wanted, pictures, str(wanted.data.source))
-    return stages.train(complete, pictures, out, given=given, resume=resume, started_at=started_at, progress=encoding,
-                        console=console)  # fmt: skip
+    return stages.train(complete, pictures, out, given=given, initial=initial, resume=resume, started_at=started_at,
+                        progress=encoding, console=console)  # fmt: skip
+
+
+def _initial(path: Path, flags: Any, config: Any) -> Initial:
+    """What training is to begin with."""
+    from limner.training.initial import Initial
+
+    found, digest = _found(path, flags, config)
+    return Initial(found.config, found.state, str(path), digest)
+
+
+def _stage_of(initial: Initial | None) -> stages.Given | None:
+    """The autoencoder of a model of latents that is trained on."""
+    from limner import stages
+
+    if initial is None or initial.config.space.kind != "latent":
+        return None
+    inside = [name for name in initial.weights if name.startswith("autoencoder.")]
+    weights = {name.removeprefix("autoencoder."): initial.weights[name] for name in inside}
+    return stages.Given(initial.config.space.autoencoder, weights, initial.config.data.channels, initial.where)
 
 
 def _first_stage(path: str | Path) -> stages.Given:
@@ -166,24 +199,31 @@ def _first_stage(path: str | Path) -> stages.Given:
 
 
 def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task | None, budget: str | float | None,
-            images: str | int | None, for_run: str | Path | None, given: stages.Given | None, settings: Sequence[str],
-            seed: int | None, resume: bool, overrides: Mapping[str, Any]) -> RunConfig:  # fmt: skip
+            images: str | int | None, for_run: str | Path | None, given: stages.Given | None, initial: Initial | None,
+            settings: Sequence[str], seed: int | None, resume: bool, overrides: Mapping[str, Any]
+            ) -> RunConfig:  # fmt: skip
     source = None if data is None else str(data)
     if source in build.preset_names() and not Path(source or "").exists():
         preset, source = preset or source, None
     stored = out / "config.yaml"
     if resume and preset is None and stored.is_file():
         preset = str(stored)
-    if preset is None:
-        preset = {"classifier": "cifar10-classifier", "autoencoder": "autoencoder"}.get(task or "", "default")
-    raw = recipe.raw_recipe(preset, source=source, settings=settings, budget=budget, images=images, seed=seed)
+    base: str | dict[str, Any]
+    if preset is None and initial is not None:
+        from limner.training.initial import raw_recipe
+
+        preset, base = initial.where, raw_recipe(initial)
+    else:
+        named = {"classifier": "cifar10-classifier", "autoencoder": "autoencoder"}
+        base = preset = preset or named.get(task or "", "default")
+    raw = recipe.raw_recipe(base, source=source, settings=settings, budget=budget, images=images, seed=seed)
     for name, values in overrides.items():
         if name not in RunConfig.model_fields:
             raise LimnerError(f"option '{name}': there is none such{suggest(name, RunConfig.model_fields)}")
         raw[name] = {**raw.get(name, {}), **values} if isinstance(values, Mapping) else values
     if task is not None:
         raw["task"] = task
-    if raw.get("task") == "classifier" and preset != str(stored):
+    if raw.get("task") == "classifier" and preset != str(stored) and (for_run is not None or initial is None):
         if for_run is None:
             raise LimnerError("task classifier: say which diffusion run it is to guide, with --for RUN")
         raw = recipe.for_classifier(raw, read_recipe(for_run), Path(for_run))

@@ -45,10 +45,12 @@ def count(images: str | int) -> int:
     return number
 
 
-def raw_recipe(preset: str, *, source: str | None, settings: Sequence[str], budget: str | float | None,
+def raw_recipe(preset: str | dict[str, Any], *, source: str | None, settings: Sequence[str], budget: str | float | None,
                images: str | int | None, seed: int | None) -> dict[str, Any]:  # fmt: skip
-    """A preset, or a recipe file of one's own (`.yaml`), with everything that was asked for on top."""
-    raw = config.read_yaml(preset) if preset.endswith((".yaml", ".yml")) else build.preset(preset)
+    """A preset, a recipe file of one's own (`.yaml`) or a recipe, with everything that was asked for on top."""
+    raw = preset
+    if isinstance(raw, str):
+        raw = config.read_yaml(raw) if raw.endswith((".yaml", ".yml")) else build.preset(raw)
     raw = config.override(raw, list(settings))
     if source is not None:
         raw.setdefault("data", {})["source"] = source

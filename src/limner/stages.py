@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from limner import build
@@ -22,10 +24,12 @@ from limner.data.dataset import Dataset
 from limner.data.latents import with_latents
 from limner.data.pixels import Progress
 from limner.errors import LimnerError
+from limner.interop import hf_lora
 from limner.nn.autoencoder import Autoencoder
-from limner.training import loop
+from limner.training import loop, lora
 from limner.training.autoencoder import AutoencoderTask
 from limner.training.checkpoint import Checkpoints, load_weights, read_model
+from limner.training.initial import Initial, begin, is_main_process, say
 from limner.training.loop import TrainResult
 from limner.training.tasks import ClassifierTask, DiffusionTask
 
@@ -43,12 +47,13 @@ class Given:
     where: str
 
 
-def train(recipe: RunConfig, pictures: Dataset, out: Path, *, given: Given | None = None, resume: bool = False,
-          started_at: float | None = None, progress: Progress | None = None, console: Console | None = None
-          ) -> TrainResult:  # fmt: skip
+def train(recipe: RunConfig, pictures: Dataset, out: Path, *, given: Given | None = None,
+          initial: Initial | None = None, resume: bool = False, started_at: float | None = None,
+          progress: Progress | None = None, console: Console | None = None) -> TrainResult:  # fmt: skip
     """Train what a complete recipe says, all of its stages in turn, and leave a run in `out`.
 
     given: the autoencoder of a latent recipe, where it has been trained already; a stage that is in `out` goes before.
+    initial: a trained model to begin with, unless `out` holds a checkpoint of this run, which goes before.
     started_at: `time.monotonic()` when the budget began to run. progress(done, rows): of encoding.
     Raises LimnerError as `training.loop.train` and `data.latents.with_latents` do.
     """
@@ -57,8 +62,8 @@ def train(recipe: RunConfig, pictures: Dataset, out: Path, *, given: Given | Non
     loop.claim(out, resume)
     torch.manual_seed(recipe.training.seed)
     model = build.model(recipe)
-    if model.conditioner is not None and pictures.texts is not None:
-        model.conditioner.learn({"text": [pictures.texts[row] for row in pictures.train]})
+    texts = None if pictures.texts is None else [pictures.texts[row] for row in pictures.train]
+    recipe = begin(model, recipe, initial, out, texts, console)
     if isinstance(recipe.space, LatentSpace):
         if given is not None:
             _keep(given, recipe, out / FIRST_STAGE)
@@ -73,8 +78,33 @@ def train(recipe: RunConfig, pictures: Dataset, out: Path, *, given: Given | Non
         data = with_latents(pictures, autoencoder, progress=progress)
         if model.autoencoder is not None:
             model.autoencoder.load_state_dict(autoencoder.state_dict())
-    return loop.train(_task(model, recipe, data), data, recipe, out, resume=resume, started_at=started_at,
-                      spent_s=spent_s, console=console)  # fmt: skip
+    result = loop.train(_task(model, recipe, data), data, recipe, out, resume=resume, started_at=started_at,
+                        spent_s=spent_s, console=console)  # fmt: skip
+    if recipe.training.lora is not None and is_main_process():
+        say(f"{out}: {_adapters(recipe, out)}", console)
+    return result
+
+
+def _adapters(recipe: RunConfig, out: Path) -> str:
+    """Write the adapters of the newest checkpoint for diffusers, beside the model that has them added in; returns what
+    is to be said of it."""
+    newest = Checkpoints(out).newest()
+    if newest is None:
+        return "no adapters yet"
+    with safe_open(newest / "ema.safetensors", framework="pt") as stream:
+        names = [name for name in stream.keys() if lora.is_adapter(name)]  # noqa: SIM118
+        pairs = lora.pairs({name: stream.get_tensor(name) for name in names})
+    folder = out / "lora"
+    try:
+        weights = hf_lora.weights(recipe, pairs, str(out))
+        folder.mkdir(exist_ok=True)
+        save_file(weights, folder / f".{hf_lora.FILE}", metadata={"format": "pt"})
+        (folder / f".{hf_lora.FILE}").replace(folder / hf_lora.FILE)
+    except LimnerError as error:
+        return f"the adapters are in model.safetensors, and not by themselves for diffusers: {error}"
+    except (OSError, SafetensorError) as error:
+        raise LimnerError(f"{folder}: cannot be written ({' '.join(str(error).split())})") from None
+    return f"the adapters are in model.safetensors, and by themselves in {folder / hf_lora.FILE}"
 
 
 def _task(model: build.Model, recipe: RunConfig, data: Dataset) -> Any:

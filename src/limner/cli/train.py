@@ -40,6 +40,17 @@ def train(
         str | None,
         typer.Option(metavar="RUN", help="Train in the latents of this autoencoder: a run, or a foreign checkpoint."),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|FILE", help="Train on from this: a run, or a foreign checkpoint, which stays as is."),
+    ] = None,
+    flags: Annotated[
+        str | None, typer.Option(metavar="FILE|FLAGS", help="--init of guided-diffusion: its flags, or their JSON.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="--init of latent-diffusion: its YAML.")] = None,
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Train low-rank adapters of attention alone; goes with --init.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: training.batch=32.")
     ] = None,
@@ -59,6 +70,8 @@ def train(
       limner train photos/ --preset emoji-text --out runs/text --budget 60m
       limner train photos/ --task autoencoder --out runs/ae --budget 20m
       limner train photos/ --autoencoder runs/ae --out runs/latent --budget 40m
+      limner train photos/ --init 256x256_diffusion.pt --out runs/mine --images 200k
+      limner train photos/ --init stable-diffusion-v1-5 --lora 8 --out runs/style --images 20k
     """
     from limner import api
 
@@ -72,7 +85,10 @@ def train(
             images=images,
             for_run=for_run,
             autoencoder=autoencoder,
-            settings=settings or [],
+            init=init,
+            flags=flags,
+            config=config,
+            settings=[*(settings or []), *([] if lora is None else [f"training.lora={lora}"])],
             seed=seed,
             resume=resume,
             progress=tell,

@@ -95,6 +95,13 @@ class TrainingConfig(Section):
         default=5, description="classifier: held-out rounds without a better one before it ends"
     )
     trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb, trackio")
+    init: str | None = Field(default=None, description="the run or checkpoint that training began with; set by --init")
+    lora: PositiveInt | None = Field(
+        default=None, description="rank of low-rank adapters on attention, trained instead of the weights"
+    )
+    lora_whole: tuple[str, ...] = Field(
+        default=(), description="lora: weights that are trained besides; those that are new come here by themselves"
+    )
 
     @field_validator("compile", mode="before")
     @classmethod

@@ -24,7 +24,7 @@ from limner import config as configuration
 from limner.config import RunConfig
 from limner.errors import LimnerError, suggest
 from limner.hardware import autocast, best_device
-from limner.training import preview
+from limner.training import lora, preview
 from limner.training.checkpoint import Checkpoint, Checkpoints, load_weights, same_run
 from limner.training.clock import Clock, learning_rate
 from limner.training.devices import Compiled, average_over_processes, sum_over_processes, tune, wants_compile
@@ -313,10 +313,10 @@ class Training:
         self.publish()
 
     def publish(self) -> None:
-        """The run's model: the average, or that of the best checkpoint where the task has a best."""
+        """The run's model: the average, or that of the best checkpoint where the task has a best; adapters added in."""
         best = self.checkpoints.best() if self.task.best_is else None
         average = self.ema.module.state_dict() if best is None else best.tensors("ema")
-        self.checkpoints.publish(average, self.config)
+        self.checkpoints.publish(lora.merged(average), self.config)
 
     def open(self, resume: bool) -> None:
         """Take the directory: go on with the run that it holds, or begin one."""
