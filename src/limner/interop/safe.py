@@ -177,7 +177,7 @@ def _imports(stream: Any, path: Path) -> Iterator[str]:
             if not _among(name, TENSOR_GLOBALS) and not _among(name, INERT_GLOBALS):
                 raise LimnerError(f"{path}: names '{name}', which no weights need; refused, and nothing of it was run")
             yield name
-    except (ValueError, UnicodeDecodeError, IndexError) as error:
+    except (ValueError, UnicodeDecodeError, IndexError, MemoryError) as error:  # memory: for a length that it claims
         raise LimnerError(f"{path}: truncated or damaged ({_line(error)})") from None
 
 
@@ -193,7 +193,7 @@ def _read_torch(path: Path, imports: list[str]) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError,
-            IndexError, AssertionError, OSError, OverflowError, struct.error) as error:  # fmt: skip
+            IndexError, AssertionError, OSError, OverflowError, MemoryError, struct.error) as error:  # fmt: skip
         raise LimnerError(f"{path}: truncated or damaged ({_line(error)})") from None
 
 
