@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import limner
-from limner import build, config, recipe
+from limner import build, config, interop, recipe
 from limner.cli.program import run
 from limner.errors import LimnerError
 from limner.generator import Generator
 from limner.training.checkpoint import Checkpoints, read_model
-from limner.training.initial import Initial, Taken, take
-from tiny_cli import CLASSES, Workshop, pictures
+from limner.training.initial import MODALITIES, Initial, Taken, begin, raw_recipe, take
+from tiny_cli import Workshop, pictures
 
+FIXTURES = Path(__file__).parent / "fixtures"
 TABLE = "conditioner.modalities.label.table.weight"
 OFTEN = ("--set", "training.batch=8", "--set", "training.compile=off", "--set", "training.precision=fp32",
          "--set", "training.previews=2")  # fmt: skip
@@ -73,9 +75,9 @@ def test_rows_of_the_same_name_are_kept_to_the_bit(workshop: Workshop) -> None:
     assert all(own[name].equal(weight) for name, weight in initial.weights.items() if name != TABLE)
     assert taken.fresh == [TABLE]
     said = "\n".join(taken.lines)
-    assert "kept conditions.label: 2 of the classes (dog, cat)" in said
-    assert "new conditions.label: 2 of the classes (zebra, owl)" in said
-    assert "dropped conditions.label: 1 of the classes (fish)" in said
+    assert "kept conditions.label: 2 classes (dog, cat) and the null row" in said
+    assert "new conditions.label: 2 classes (zebra, owl)" in said
+    assert "dropped conditions.label: 1 class (fish)" in said
 
 
 def test_a_new_condition_begins_without_changing_anything(workshop: Workshop) -> None:
@@ -137,6 +139,42 @@ def test_classes_of_boxes_and_maps(kind: str, weight: str, dim: int) -> None:
     assert taken.fresh == [name]
 
 
+@pytest.mark.parametrize(
+    ("path", "options", "fresh"),
+    [
+        ("adm/model.pt", {"flags": "adm/flags.json"}, [TABLE]),
+        ("adm/classifier.pt", {"flags": "adm/flags.json"}, ["network.head.out.weight", "network.head.out.bias"]),
+        ("compvis_vq_class/model.ckpt", {"config": "compvis_vq_class/config.yaml"}, [TABLE]),
+    ],
+)
+def test_checkpoints_of_other_projects(path: str, options: dict[str, str], fresh: list[str]) -> None:
+    found = interop.read(FIXTURES / path, **{name: FIXTURES / file for name, file in options.items()})
+    initial = Initial(found.config, found.state, path)
+    own, taken, _ = begun(initial, raw_recipe(initial) | {"classes": ["7", "owl"]})
+    assert taken.fresh == fresh
+    assert own[fresh[0]][0].equal(found.state[fresh[0]][7])
+    shared = [name for name in own if name not in fresh and not name.startswith("autoencoder.")]
+    assert all(own[name].equal(found.state[name]) for name in shared)
+
+
+def test_a_vocabulary_is_kept_and_a_new_one_learnt(tmp_path: Path) -> None:
+    data = f"{MODALITIES}text.tokenizer.data"
+    text = config.parse(crossing(kind="text", encoder={"kind": "bpe", "width": 16, "depth": 1, "head_dim": 8}), "text")
+    trained, onwards = build.model(text), build.model(text)
+    assert trained.conditioner is not None
+    trained.conditioner.learn({"text": ["a red tile", "a blue tile"]})
+    initial = Initial(text, trained.state_dict(), "text")
+    quiet = Console(quiet=True)
+    begin(onwards, text, initial, tmp_path, ["something else altogether"], quiet)
+    assert onwards.state_dict()[data].equal(initial.weights[data])
+    wider = config.parse(crossing(kind="text", encoder={"kind": "bpe", "width": 24, "depth": 1, "head_dim": 8}), "text")
+    other = build.model(wider)
+    made = begin(other, wider, initial, tmp_path, ["something else altogether"], quiet)
+    assert other.state_dict()[data].any()
+    assert not other.state_dict()[data].equal(initial.weights[data])
+    assert "conditions.text, with fresh weights: it is another than the checkpoint's" in made.provenance["init"]["new"]
+
+
 # --- training on ----------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +183,7 @@ def test_a_run_is_trained_on_and_resumed_without_init(workshop: Workshop, tmp_pa
     moved, out = tmp_path / "moved", tmp_path / "out"
     shutil.copytree(workshop.run, moved)
     assert tune(workshop, out, init=moved) == 0
-    assert "new conditions.label: 1 of the classes (zebra)" in capsys.readouterr().err
+    assert "new conditions.label: 1 class (zebra)" in capsys.readouterr().err
     shutil.rmtree(moved)
     made = config.load(out / "config.yaml")
     assert made.classes == ("dog", "fish", "zebra")
@@ -153,8 +191,8 @@ def test_a_run_is_trained_on_and_resumed_without_init(workshop: Workshop, tmp_pa
     assert made.model == config.load(workshop.run / "config.yaml").model
     facts = provenance(out)
     assert facts["from"] == str(moved)
-    assert facts["kept"] == ["network", "conditions.label: 2 of the classes (dog, fish)"]
-    assert facts["dropped"] == ["conditions.label: 1 of the classes (cat)"]
+    assert facts["kept"] == ["network", "conditions.label: 2 classes (dog, fish) and the null row"]
+    assert facts["dropped"] == ["conditions.label: 1 class (cat)"]
     assert run(["train", "--out", str(out), "--resume", "--images", "32"]) == 0
     newest = Checkpoints(out).latest()
     assert newest is not None
@@ -188,7 +226,7 @@ def test_a_classifier_gets_new_classes(workshop: Workshop, tmp_path: Path) -> No
     assert run([*asked, "--images", "16", *OFTEN, *network]) == 0
     assert tune(workshop, out, init=guide) == 0
     assert config.load(out / "config.yaml").classes == ("dog", "fish", "zebra")
-    assert provenance(out)["kept"] == ["network but for what is new", "classes: 2 of the classes (dog, fish)"]
+    assert provenance(out)["kept"] == ["network but for what is new", "classes: 2 classes (dog, fish)"]
     initial = initial_of(guide)
     own, _, _ = begun(initial, initial.config.model_dump(mode="json") | {"classes": ["fish", "owl"]})
     assert own["network.head.out.weight"][0].equal(initial.weights["network.head.out.weight"][2])
@@ -238,8 +276,10 @@ def test_diffusers_loads_the_adapters(tmp_path: Path, workshop: Workshop) -> Non
     pipeline.save_pretrained(source)
     asked = ["train", str(captioned), "--init", str(source), "--lora", "2", "--out", str(out), "--images", "16", *OFTEN]
     assert run([*asked, *FAST, "--set", "data.size=[16, 16]"]) == 0
-    gen = limner.load(out)
+    gen, whole = limner.load(out), read_model(out)
     assert isinstance(gen, Generator)
+    first = read_model(out / "autoencoder")
+    assert all(whole[name].equal(first[name]) for name in first)
     x, step, tokens = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 32)
     theirs: Any = pipeline.unet
     with torch.no_grad():
@@ -283,13 +323,10 @@ def test_what_goes_with_init_alone(workshop: Workshop, tmp_path: Path, capsys: p
 
 
 def test_the_recipe_of_a_checkpoint_leaves_its_data_behind(workshop: Workshop) -> None:
-    from limner.training.initial import raw_recipe
-
     raw = recipe.raw_recipe(raw_recipe(initial_of(workshop.run)), source="x", settings=["training.batch=4"],
                             budget=None, images=None, seed=None)  # fmt: skip
     made = config.parse(raw, "test")
     assert made.classes is None
-    assert CLASSES
     assert made.data.size == (8, 8)
     assert made.training.batch == 4
     with pytest.raises(LimnerError, match="classes"):

@@ -180,12 +180,12 @@ class _Taking:
         names = [name for name in self.own if name.startswith(prefix)]
         strange = [name for name in self.given if name.startswith(prefix) and name not in self.own]
         head = names[-2:] if self.recipe.task == "classifier" else []
-        before = len(self.found.new)
+        classes, before = (self.initial.config.classes or (), self.recipe.classes or ()), len(self.found.new)
         for name in names:
             if name not in self.given:
                 raise self.refused(f"has no weight '{name}', which the recipe's network needs")
             if name in head:
-                self.rows(name, 0, self.initial.config.classes, self.recipe.classes)
+                self.rows(name, 0, *classes)
             elif name == STEM:
                 self.stem()
             elif self.own[name].shape == self.given[name].shape:
@@ -201,7 +201,7 @@ class _Taking:
             width = self.own[crossing[0]].shape[1]
             self.found.new.append(f"keys and values of cross-attention ({len(crossing)}), for tokens {width} wide")
         if head:
-            self.tell_classes("classes", self.initial.config.classes, self.recipe.classes)
+            self.tell_classes("classes", *classes)
         rest = " but for what is new" if len(self.found.new) > before else ""
         self.found.kept.insert(0, f"{prefix.removesuffix('.')}{rest}")
 
@@ -258,8 +258,8 @@ class _Taking:
             self.found.kept.append(name)
             return
         old, new = _classes(before, self.initial.config), _classes(section, self.recipe)
-        self.rows(table, int(section.kind == "semantic_map"), old, new)
-        self.tell_classes(name, old, new)
+        extra = self.rows(table, int(section.kind == "semantic_map"), old, new)
+        self.tell_classes(name, old, new, "the null row" if extra and section.kind == "label" else "")
 
     def alike(self, names: Sequence[str], table: str) -> bool:
         """Whether weights have the same shapes in both models, but for the number of classes in `table`."""
@@ -272,13 +272,12 @@ class _Taking:
                 return False
         return True
 
-    def rows(self, name: str, dim: int, old: Sequence[str] | None, new: Sequence[str] | None) -> None:
+    def rows(self, name: str, dim: int, old: Sequence[str], new: Sequence[str]) -> int:
         """Rows (columns for dim 1) of classes of the same name; and whatever stands behind those of the classes, the
-        null row or that of an empty layout, where both models have it."""
+        null row or that of an empty layout, where both models have it. Returns how many of the latter there are."""
         own, given = self.own[name], self.given[name]
         if own.shape[:dim] + own.shape[dim + 1 :] != given.shape[:dim] + given.shape[dim + 1 :]:
             self.refuse_shape(name)
-        old, new = old or (), new or ()
         places = {label: place for place, label in enumerate(old)}
         pairs = [(place, places[label]) for place, label in enumerate(new) if label in places]
         extra = min(own.shape[dim] - len(new), given.shape[dim] - len(old))
@@ -288,19 +287,15 @@ class _Taking:
             own.index_copy_(dim, mine, given.index_select(dim, theirs).to(own.dtype))
         if len(pairs) < own.shape[dim]:
             self.found.fresh.append(name)
+        return extra
 
-    def tell_classes(self, name: str, old: Sequence[str] | None, new: Sequence[str] | None) -> None:
-        old, new = old or (), new or ()
-        both = [label for label in new if label in set(old)]
-        added, gone = (
-            [label for label in new if label not in set(old)],
-            [label for label in old if label not in set(new)],
-        )
-        for lines, labels in ((self.found.kept, both), (self.found.new, added), (self.found.dropped, gone)):
-            if labels:
-                lines.append(f"{name}: {_some(labels)}")
-        if not both:
-            self.found.kept.append(f"{name}: the null row alone")
+    def tell_classes(self, name: str, old: Sequence[str], new: Sequence[str], also: str = "") -> None:
+        """Say which classes are kept, `also` with them, which are new, and which dropped."""
+        kept = [*_some([label for label in new if label in set(old)]), *([also] if also else [])]
+        if kept:
+            self.found.kept.append(f"{name}: {' and '.join(kept)}")
+        self.found.new += [f"{name}: {said}" for said in _some([label for label in new if label not in set(old)])]
+        self.found.dropped += [f"{name}: {said}" for said in _some([label for label in old if label not in set(new)])]
 
     def refuse_shape(self, name: str) -> None:
         own, given = list(self.own[name].shape), list(self.given[name].shape)
@@ -334,6 +329,9 @@ def _encoder(section: c.ConditionConfig) -> str | None:
     return encoder.name if isinstance(encoder, c.PretrainedText) else None
 
 
-def _some(labels: Sequence[str]) -> str:
+def _some(labels: Sequence[str]) -> list[str]:
+    """How many classes and the first of their names, or nothing where there are none."""
+    if not labels:
+        return []
     more = f" and {len(labels) - 6} more" if len(labels) > 6 else ""
-    return f"{len(labels)} of the classes ({', '.join(labels[:6])}{more})"
+    return [f"{len(labels)} class{'es' if len(labels) > 1 else ''} ({', '.join(labels[:6])}{more})"]
