@@ -107,7 +107,7 @@ def test_the_command_passes_everything_on(shop: Workshop, tmp_path: Path, capsys
     [
         (["sampling", "RUN", "--samplers", "dim"], "sampler 'dim': there is none such; did you mean 'ddim'"),
         (["sampling", "RUN", "RUN"], "a run is named twice"),
-        (["sampling", "DATA"], "neither a run nor"),
+        (["sampling", "DATA"], "neither a run"),
         (["sampling", "RUN", "--features", "lite"], "features 'lite'"),
         (["sampling", "RUN", "--reference", "EMPTY", "--smoke"], "EMPTY"),
     ],

@@ -310,7 +310,7 @@ def test_damaged_settings_are_one_line(tmp_path: Path, content: str) -> None:
 
 
 def test_other_folders_are_told_apart(tmp_path: Path) -> None:
-    assert "neither a run nor a folder of diffusers" in refusal(tmp_path)
+    assert "nor a folder of diffusers" in refusal(tmp_path)
     (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}')
     assert "names unet, but there is no such folder" in refusal(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")

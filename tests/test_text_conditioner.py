@@ -262,6 +262,7 @@ def test_pretrained_weights_are_no_part_of_the_model_and_captions_are_remembered
 
 
 def test_minilm_is_found_in_its_wheel(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, text.MINILM, raising=False)
     monkeypatch.setattr(sys, "path", [str(bert.parent.parent)])
     assert text.minilm_folder() == str(bert)
     monkeypatch.setattr(sys, "path", [str(bert)])
