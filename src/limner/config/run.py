@@ -95,6 +95,9 @@ class TrainingConfig(Section):
         default=5, description="classifier: held-out rounds without a better one before it ends"
     )
     trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb, trackio")
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="several processes: how long one waits for the others before all end"
+    )
     init: str | None = Field(default=None, description="the run or checkpoint that training began with; set by --init")
     lora: PositiveInt | None = Field(
         default=None, description="rank of low-rank adapters on attention, trained instead of the weights"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from limner.config import TrainingConfig
@@ -95,10 +98,37 @@ def average_over_processes(accelerator: Accelerator, tensors: Sequence[Tensor]) 
 
 
 def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor, for each of them."""
-    result = accelerator.reduce(tensor)
+    """The sum of every process's tensor, for each of them. Raises LimnerError when another process is lost."""
+    with _together(accelerator):
+        result = accelerator.reduce(tensor)
     assert isinstance(result, Tensor)
     return result
+
+
+def wait_for_processes(accelerator: Accelerator) -> None:
+    """Return when every process has come here. Raises LimnerError when another process is lost."""
+    with _together(accelerator):
+        accelerator.wait_for_everyone()
+
+
+def patience(timeout_s: float) -> InitProcessGroupKwargs:
+    """How long a process waits for the others."""
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))
+
+
+@contextmanager
+def _together(accelerator: Accelerator) -> Iterator[None]:
+    """What a process is told of when another one has died or hangs: this one can't go on without it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1:
+            raise
+        who = f"process {accelerator.process_index} of {accelerator.num_processes}"
+        reason = " ".join(str(error).split())[:160]
+        raise LimnerError(
+            f"{who}: another one has died, or hasn't answered for training.timeout_s; go on with --resume ({reason})"
+        ) from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -27,7 +27,15 @@ from limner.hardware import autocast, best_device
 from limner.training import lora, preview
 from limner.training.checkpoint import Checkpoint, Checkpoints, load_weights, same_run
 from limner.training.clock import Clock, learning_rate
-from limner.training.devices import Compiled, average_over_processes, sum_over_processes, tune, wants_compile
+from limner.training.devices import (
+    Compiled,
+    average_over_processes,
+    patience,
+    sum_over_processes,
+    tune,
+    wait_for_processes,
+    wants_compile,
+)
 from limner.training.draws import Batches, Source, seed_of
 from limner.training.ema import EMA
 from limner.training.optimizers import Optimizer
@@ -322,7 +330,7 @@ class Training:
         """Take the directory: go on with the run that it holds, or begin one."""
         if resume:
             self.restore()
-        self.accelerator.wait_for_everyone()
+        wait_for_processes(self.accelerator)
         if self.main:
             self.checkpoints.begin(self.config)
             self.metrics.rewind(self.clock.images)
@@ -378,7 +386,7 @@ class Training:
             tracker
         ) in self.accelerator.trackers:  # `end_training` would also take the process group from who comes next
             tracker.finish()
-        self.accelerator.wait_for_everyone()
+        wait_for_processes(self.accelerator)
         self.compiled.undo()
         seconds = self.clock.elapsed_s
         words = {"signal": f"stopped by {signal_name}; go on with --resume", "patience": "ended early: no better since"}
@@ -403,7 +411,10 @@ def accelerator_for(config: RunConfig, out: Path) -> Accelerator:
             raise LimnerError(f"training.trackers: {name} is not installed; `pip install {name}`")
     # Told that there is only a CPU, accelerate uses gloo under torchrun; untold, it forgets the other processes.
     on_cpu = best_device().type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, log_with=list(config.training.trackers) or None, project_dir=out)
+    waiting = patience(config.training.timeout_s)
+    accelerator = Accelerator(
+        cpu=on_cpu, log_with=list(config.training.trackers) or None, project_dir=out, kwargs_handlers=[waiting]
+    )
     if config.training.trackers:
         accelerator.init_trackers("limner", config={"recipe": config.model_dump_json()})
     return accelerator
