@@ -52,10 +52,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be drawn, checked and complete: `num` pictures from number `first` on, `shape` (C, H, W) in the
-    network's space. tau: in place of the conditions."""
+    """What is to be drawn, checked and complete: `part` of the pictures from number `first` on, `shape` (C, H, W) in
+    the network's space. tau: in place of the conditions."""
 
-    num: int
+    part: range
     first: int
     batch: int
     seed: int
@@ -132,6 +132,7 @@ class Generator(Loaded):
         tau: Embedded | None = None,
         seed: int = 0,
         first: int = 0,
+        part: range | None = None,
         batch: int = BATCH,
         on_step: OnStep | None = None,
         classifier: Any = None,
@@ -152,7 +153,7 @@ class Generator(Loaded):
         With `strength`, any model draws from them, noised up to t = strength (SDEdit, Meng et al. 2022, 2108.01073).
         size: (H, W) of the canvas, where it isn't that of training. conditions: by modality, as the data set's batches
         give them. tau: what `embed` gives, in place of conditions.
-        seed, first: picture k has the noise of (seed, first + k), whatever the batch.
+        seed, first: picture k has the noise of (seed, first + k), whatever the batch. part: only these k of `num`.
         classifier: a noisy classifier from `limner.load`, or any `log_prob(x_t, t) -> (B,)`; it acts with
         `classifier_scale`, towards `classifier_label` where that differs from `label`.
         initial_noise (N, C, H, W) and step_noise, one such tensor a step, stand in for the seed's.
@@ -182,12 +183,14 @@ class Generator(Loaded):
         path = path if strength is None else path.truncate(strength)
         if step_noise is not None and len(step_noise) < path.steps - 1:
             raise LimnerError(f"step_noise: {len(step_noise)} tensors for {path.steps} steps")
-        order = Order(count, first, batch, seed, asked, shape, chosen, path, guide, initial_noise, step_noise, tau)
+        order = Order(
+            part or range(count), first, batch, seed, asked, shape, chosen, path, guide, initial_noise, step_noise, tau
+        )
         return self._batches(order, on_step)
 
     def _batches(self, order: Order, on_step: OnStep | None) -> Iterator[Drawn]:
-        for start in range(0, order.num, order.batch):
-            rows = slice(start, min(start + order.batch, order.num))
+        for start in order.part[:: order.batch]:
+            rows = slice(start, min(start + order.batch, order.part.stop))
             numbers = range(order.first + rows.start, order.first + rows.stop)
             cond = {name: values[rows] for name, values in order.asked.conditions.items()}
             latent, skipped = self._draw(order, rows, numbers, cond, on_step)

@@ -34,6 +34,17 @@ def conditions_of(gen: Generator, *, condition: Path | None, image: Path | None,
     return found
 
 
+def part_of(shard: str | None, num: int) -> range:
+    """The numbers of one shard I/N of `num` pictures, all of them without. Raises LimnerError."""
+    if shard is None:
+        return range(num)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard.strip())
+    index, shards = (int(match[1]), int(match[2])) if match else (1, 1)
+    if index >= shards or shards > num:
+        raise LimnerError(f"--shard {shard}: should be I/N such as 0/8, I below N and N at most {num}, the pictures")
+    return range(num)[num * index // shards : num * (index + 1) // shards]
+
+
 def files_of(path: Path) -> list[Path]:
     """A file, or the pictures of a folder by name. Raises LimnerError where there is none."""
     from limner.data.transforms import EXTENSIONS

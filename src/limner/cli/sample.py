@@ -99,6 +99,9 @@ def sample(
     ] = None,
     eta: Annotated[float | None, typer.Option(min=0.0, help="Noise of ddim and dpmpp_2m_sde; 0: none.")] = None,
     seed: Annotated[int, typer.Option(help="With a picture's number it decides its noise.")] = 0,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Draw one of N equal parts of the pictures, I = 0 .. N-1.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time; changes the speed, not the pictures.")] = 64,
     flags: Annotated[
         str | None, typer.Option(metavar="FILE|NAME|FLAGS", help="guided-diffusion: the flags of a .pt file.")
@@ -117,6 +120,7 @@ def sample(
       limner sample runs/uncond --classifier runs/guide --out guided.png
       limner sample runs/streets --condition maps/ --out streets/
       limner sample runs/emoji --image photo.png --mask hole.png --out painted.png
+      limner sample runs/cifar --num 50000 --shard 3/8 --out samples-3.tar
       limner sample --from picture.png --out again.png
       limner sample runs/emoji --text "a heart" --to-text "a star" --num 8 --out way.png
     """
@@ -126,7 +130,8 @@ def sample(
         from limner.cli.repeat import repeat
 
         other = {"label": label, "text": text, "text-file": text_file, "num": num, "guidance": guidance, "steps": steps,
-                 "sampler": sampler, "image": image, "condition": condition, "boxes": boxes, "size": size}  # fmt: skip
+                 "sampler": sampler, "image": image, "condition": condition, "boxes": boxes, "size": size,
+                 "shard": shard}  # fmt: skip
         repeat(source, run, out, classifier=classifier, classifier_flags=classifier_flags, batch=batch, flags=flags,
                config=config, overwrite=overwrite, as_json=json, other=other)  # fmt: skip
         return
@@ -156,29 +161,31 @@ def sample(
     labels = _labels(label, gen.classes or getattr(guide, "classes", ()))
     lists = [values for name, values in files.items() if name != "boxes"]
     count = num or (max(map(len, lists)) if lists else max(DEFAULT_NUM, len(captions or ())))
+    part = given.part_of(shard, count)
     settings = gen.settings(**chosen)
     asked = {"strength": strength, "size": canvas, "condition": condition, "image": image, "mask": mask}
     recipe = _recipe(gen, run, settings, seed, None if guide is None else guide.digest, asked)
     ends = _ends(seed, to_seed, {"text": (captions, to_text), "label": (labels, to_label)})
     began = time.monotonic()
     with (
-        writer(out, num=count, recipe=recipe, overwrite=overwrite) as sink,
+        writer(out, num=len(part), recipe=recipe, overwrite=overwrite) as sink,
         progress("sampling") as tell,
     ):
-        how = {"batch": batch, "on_step": counter(tell, count, batch), "classifier": guide, "size": canvas}
+        how = {"batch": batch, "on_step": counter(tell, len(part), batch), "classifier": guide, "size": canvas}
         options = how | chosen
         if ends is not None:
-            if files:
-                raise LimnerError(f"--to-seed, --to-text, --to-label: don't go with --{next(iter(files))}")
+            for name in (*files, *(() if shard is None else ("shard",))):
+                raise LimnerError(f"--to-seed, --to-text, --to-label: don't go with --{name}")
             frames = gen.interpolate(num=count, output="array", **ends, **options)
             sink.add([Picture(number, pixels) for number, pixels in enumerate(frames)])
         else:
             for drawn in gen.stream(num=count, label=labels, text=captions, negative_text=negative_text, seed=seed,
-                                    strength=strength, **files, **options):  # fmt: skip
+                                    strength=strength, part=part, **files, **options):  # fmt: skip
                 sink.add(_pictures(gen, drawn))
     seconds = time.monotonic() - began
-    facts = {"out": out, "num": count, "seconds": seconds, "images_per_s": count / seconds, **recipe}
-    emit(facts, [f"{out}: {count} pictures in {seconds:.1f} s ({count / seconds:.1f} a second)"], json)
+    number = len(part)
+    facts = {"out": out, "num": number, "seconds": seconds, "images_per_s": number / seconds, **recipe}
+    emit(facts, [f"{out}: {number} pictures in {seconds:.1f} s ({number / seconds:.1f} a second)"], json)
 
 
 def _ends(seed: int, to_seed: int | None,
