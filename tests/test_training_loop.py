@@ -147,7 +147,7 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_last_good_checkpoint(tmp_p
     assert result.images == 400
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_resume_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     stop = at_images(72, lambda: os.kill(os.getpid(), number))

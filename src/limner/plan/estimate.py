@@ -7,7 +7,6 @@ when all of them are there.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,14 +65,16 @@ class Estimate:
 
 
 def estimate(counts: Counts, strategy: Strategy, where: Cluster, *, batch: int, images: int, bf16: bool) -> Estimate:
-    """Memory and time of a strategy. batch: pictures a step over all devices; images: of the whole training."""
-    share = math.ceil(batch / where.number)
+    """Memory and time of a strategy. batch: pictures a step over all devices, which divide it. images: of the whole
+    training."""
+    share = batch // where.number
     fixed = _fixed(counts, strategy, where, bf16)
     each = counts.image.kept_again if strategy.again else counts.image.kept
     room = USABLE * where.device.memory - sum(fixed.values())
     fitting = min(share, max(0, int(room // each)))
-    accumulate = math.ceil(share / fitting) if fitting else share
-    micro = math.ceil(share / accumulate)
+    # Equal micro-batches, as training takes them.
+    micro = max((part for part in range(1, fitting + 1) if share % part == 0), default=1)
+    accumulate = share // micro
     memory = fixed | {"activations": each * micro}
     best, plain = (_seconds(counts, strategy, where, share, accumulate, bf16, fused) for fused in (True, False))
     seconds = best if where.device.compiles else plain

@@ -9,7 +9,8 @@ from typing import Any
 
 
 class StopRequest:
-    """Within the block SIGTERM and Ctrl-C set `name` instead of ending the process; a second Ctrl-C is immediate.
+    """Within the block SIGTERM, Ctrl-C and SIGUSR1 (what batch systems announce the end of a job by, where there is
+    such a signal) set `name` instead of ending the process; a second Ctrl-C is immediate.
 
     In a thread other than the main one, where Python takes no signals, it does nothing.
     """
@@ -20,7 +21,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            announced = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
+            for number in (signal.SIGTERM, signal.SIGINT, *announced):
                 self._before[number] = signal.signal(number, self._asked)
         return self
 
