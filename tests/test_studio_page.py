@@ -42,7 +42,7 @@ def browser() -> Iterator[Browser]:
         subprocess.run(["apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"], check=True)
         found = shutil.which("chromium")
     with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        made = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
         yield made
         made.close()
 
@@ -126,7 +126,7 @@ class Studio:
         assert box is not None
         self.page.mouse.move(box["x"] + box["width"] * 0.35, box["y"] + box["height"] * 0.5)
         self.page.mouse.down()
-        self.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=8)
+        self.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=2)
         self.page.mouse.up()
         self.page.wait_for_timeout(500)
 
