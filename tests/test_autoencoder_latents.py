@@ -36,6 +36,11 @@ def dataset(folder: Path, flip: bool = True, seed: int = 0, **settings: object) 
         path = folder / "pictures" / "ab"[i % 2] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
+    return prepared(folder, flip, **settings)
+
+
+def prepared(folder: Path, flip: bool = True, **settings: object) -> Dataset:
+    """The pictures that are in ``folder`` already."""
     config = DataConfig.model_validate({"source": str(folder / "pictures"), "flip": flip, "size": 16} | settings)
     return prepare(config, {"label"})
 
@@ -161,7 +166,7 @@ def _encode_share(folder: Path, rank: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LIMNER_CACHE": str(folder / "cache")}
     latents.SHARD_BYTES = 5000
     torch.set_num_threads(1)
-    with_latents(dataset(folder), autoencoder(), directory=folder / "shared")
+    with_latents(prepared(folder), autoencoder(), directory=folder / "shared")
 
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
