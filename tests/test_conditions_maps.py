@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from limner.config import DataConfig, SemanticMapCondition
 from limner.data.dataset import prepare
 from limner.errors import LimnerError
 from limner.generator import Generator
+from limner.nn.layers import SpatialNorm
 from limner.nn.spatial import SemanticMapConditioner
 from pictures import encode, parquet, pixels, write
-from tiny_conditions import COLOURS, NAMES, SIZE, a_map, colour_error, map_folder, painted, train
+from tiny_conditions import COLOURS, NAMES, SIZE, a_map, colour_error, halves_folder, map_folder, painted, train
 
 MAP = {"kind": "semantic_map", "width": 4, "dropout": 0.1}
 
@@ -37,6 +39,32 @@ def test_another_map_gives_another_picture(learnt: tuple[Generator, Path]) -> No
     right, wrong = (colour_error(drawn, painted(m)) for m in (maps, 1 - maps))
     assert right < 40
     assert wrong > 2 * right
+
+
+def test_a_map_that_modulates_the_way_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SPADE: nothing at first, then another way for the map into the picture."""
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
+    gen = train(map_folder(tmp_path / "data"), tmp_path / "run", MAP, network={"spatial_norm": True}, images=1600)
+    maps = np.stack([a_map(seed) for seed in range(1000, 1006)])
+    drawn = gen.sample(semantic_map=maps, output="array", seed=1)
+    assert colour_error(drawn, painted(maps)) < 40
+    blocks: Any = gen.model.network.up_spatial
+    for block in blocks:
+        torch.nn.init.zeros_(block.out.weight)
+        torch.nn.init.zeros_(block.out.bias)
+    assert np.abs(gen.sample(semantic_map=maps, output="array", seed=1).astype(int) - drawn).max() > 4
+    fresh = SpatialNorm(16, 4)
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(fresh(x, torch.randn(2, 4, 8, 8)), x)
+
+
+def test_modulating_the_way_up_needs_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = halves_folder(tmp_path / "data", rows=8)
+    said = run(["train", str(data), "--out", str(tmp_path / "run"), "--budget", "1m",
+                "--set", "model.spatial_norm=true"])  # fmt: skip
+    assert said == 2
+    assert "needs a condition that lies on the picture" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_maps_by_the_command_line(learnt: tuple[Generator, Path], tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def half(kind: int, right: bool, cold: bool = False) -> npt.NDArray[np.uint8]:
     return picture
 
 
-def recipe(*conditions: dict[str, Any], cross: int = 0, patch: int = 1, **training: Any) -> dict[str, Any]:
+def recipe(*conditions: dict[str, Any], cross: int = 0, patch: int = 1, network: dict[str, Any] | None = None,
+           **training: Any) -> dict[str, Any]:  # fmt: skip
     """Sections of a recipe as keywords of `limner.train`."""
     level = {"channels": 16 * patch, "cross_attention": cross}
     settings = {"batch": 16, "images": 2400, "lr": 4e-3, "warmup_images": 160, "precision": "fp32", "compile": "off",
@@ -84,7 +85,8 @@ def recipe(*conditions: dict[str, Any], cross: int = 0, patch: int = 1, **traini
             "middle": "none",
             "norm_groups": 4,
             "head_dim": 16,
-        },
+        }
+        | (network or {}),
         "conditions": list(conditions),
         "training": settings | training,
         "sampling": {"steps": 8, "guidance": 1.0},
@@ -92,11 +94,17 @@ def recipe(*conditions: dict[str, Any], cross: int = 0, patch: int = 1, **traini
 
 
 def train(
-    data: Path, out: Path, *conditions: dict[str, Any], cross: int = 0, patch: int = 1, **training: Any
+    data: Path,
+    out: Path,
+    *conditions: dict[str, Any],
+    cross: int = 0,
+    patch: int = 1,
+    network: dict[str, Any] | None = None,
+    **training: Any,
 ) -> Generator:
     """A generator that has learnt the conditions."""
     torch.set_num_threads(1)
-    sections = recipe(*conditions, cross=cross, patch=patch, **training)
+    sections = recipe(*conditions, cross=cross, patch=patch, network=network, **training)
     path = out.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"task: diffusion\n{_yaml(sections)}")

@@ -190,7 +190,7 @@ def model(config: c.RunConfig) -> Model:
     factor = section.patch * 2 ** (len(levels) - 1)
     refuse_size("data.size" if isinstance(config.space, c.PixelSpace) else "latent size", (height, width), factor,
                 "the network")  # fmt: skip
-    options = section.model_dump(exclude={"kind", "levels"})
+    options = section.model_dump(exclude={"kind", "levels", "spatial_norm"})
     if isinstance(section, c.ClassifierConfig):
         if not config.classes:
             raise LimnerError("classes: a classifier needs labelled data; this data has no labels")
@@ -201,9 +201,13 @@ def model(config: c.RunConfig) -> Model:
     if isinstance(config.space, c.LatentSpace):
         first_stage = autoencoder(config.space.autoencoder, config.data.channels).freeze()
     token_channels = None if tau is None else tau.token_channels
-    wide = channels + (0 if tau is None else tau.spatial_channels)
+    spatial = 0 if tau is None else tau.spatial_channels
+    if section.spatial_norm and not spatial:
+        raise LimnerError("model.spatial_norm: needs a condition that lies on the picture: a map, a mask or an image")
+    modulated = spatial if section.spatial_norm else None
     try:
-        return Model(UNet(wide, out, levels, token_channels=token_channels, **options), tau, first_stage)
+        return Model(UNet(channels + spatial, out, levels, token_channels=token_channels, spatial_channels=modulated,
+                          **options), tau, first_stage)  # fmt: skip
     except ValueError as error:
         raise LimnerError(f"model.levels: {error}") from None
 

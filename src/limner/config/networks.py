@@ -46,11 +46,15 @@ class UNetConfig(Section):
     time_scale: float = Field(default=1000.0, description="continuous t is multiplied by this before the sinusoids")
     time_period: float = Field(default=10_000.0, gt=1, description="the longest of the sinusoids' periods, over 2 pi")
     asymmetric: bool = Field(default=False, description="conv: downsampling pads right and below only")
+    spatial_norm: bool = Field(
+        default=False, description="what is concatenated also modulates each block of the way up, by pixel (SPADE)"
+    )
     norm_groups: PositiveInt = 32
     norm_eps: float = 1e-5
     transformer_norm_eps: float = 1e-6
     dropout: Fraction = 0.0
     gradient_checkpointing: bool = False
+    guided: bool = Field(default=False, description="told the guidance scale, as a student of distillation is")
 
 
 class ClassifierConfig(Section):

@@ -27,8 +27,12 @@ def unet(config: c.RunConfig) -> tuple[str, dict[str, Any]]:
         raise refuse("model.kind", f"diffusers has no {model.kind}")
     if model.patch > 1:
         raise refuse(f"model.patch {model.patch}", "diffusers has no U-Net of patches; train with model.patch=1")
+    if model.guided:
+        raise refuse("model.guided", "diffusers' U-Nets embed a guidance scale in another way")
     if model.resample == "pool":
         raise refuse("model.resample pool", "diffusers' U-Nets resample by convolutions or residual blocks")
+    if model.spatial_norm:
+        raise refuse("model.spatial_norm", "diffusers has no U-Net whose way up is modulated by a map")
     if model.transformer_norm_eps != 1e-6:
         raise refuse(f"model.transformer_norm_eps {model.transformer_norm_eps:g}", "diffusers has 1e-06 alone")
     conditional = model.middle == "transformer"

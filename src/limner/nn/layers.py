@@ -38,18 +38,31 @@ def sinusoids(time: Tensor, channels: int, order: Literal["cos_sin", "sin_cos"] 
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of `scale` x time through a two-layer network: (B,) -> (B, emb_channels), before the last SiLU."""
+    """Sinusoids of `scale` x time through a two-layer network: (B,) -> (B, emb_channels), before the last SiLU.
+
+    guided: the sinusoids of a guidance scale are projected and added to those of time (Meng et al. 2023, 2210.03142,
+    section 3.1). The projection begins at zero, so that at first the scale changes nothing.
+    """
+
+    GUIDANCE_SCALE = 10.0
+    """The fastest sinusoid turns once in 0.6 of a guidance scale: what the network is told of it stays smooth."""
 
     def __init__(self, channels: int, emb_channels: int, order: Literal["cos_sin", "sin_cos"], scale: float,
-                 period: float = 10_000.0) -> None:  # fmt: skip
+                 period: float = 10_000.0, guided: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.channels, self.scale, self.period = channels, scale, period
         self.order: Literal["cos_sin", "sin_cos"] = order
         self.linear1 = nn.Linear(channels, emb_channels)
         self.linear2 = nn.Linear(emb_channels, emb_channels)
+        self.guidance = zeroed(nn.Linear(channels, channels, bias=False)) if guided else None
 
-    def forward(self, time: Tensor) -> Tensor:
+    def forward(self, time: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """time, guidance: (B,); a guided embedding that isn't told a scale takes 1, no guidance."""
         waves = sinusoids(time.float() * self.scale, self.channels, self.order, self.period)
+        if self.guidance is not None:
+            above = torch.zeros_like(time) if guidance is None else guidance.to(time.device) - 1
+            told = sinusoids(above * self.GUIDANCE_SCALE, self.channels, self.order, self.period)
+            waves = waves + self.guidance(told.to(self.guidance.weight.dtype))
         return self.linear2(F.silu(self.linear1(waves.to(self.linear1.weight.dtype))))
 
 
@@ -119,3 +132,24 @@ class ResBlock(nn.Module):
         else:
             h = self.norm2(h + self.emb(emb)[:, :, None, None], silu=True)
         return self.skip(self.resample(x)) + self.conv2(self.dropout(h))
+
+
+class SpatialNorm(nn.Module):
+    """x + gamma(m) Norm(x) + beta(m) with a gain and an offset for each pixel, from maps m that lie on the picture
+    (SPADE; Park et al. 2019, 1903.07291, equation 1, as a residual: it starts as the identity).
+
+    channels: of x. spatial_channels: of m. hidden: of the convolution that both share.
+    """
+
+    def __init__(self, channels: int, spatial_channels: int, hidden: int = 64, groups: int = 32,
+                 eps: float = 1e-5) -> None:  # fmt: skip
+        super().__init__()
+        self.norm = GroupNorm(channels, groups, eps)
+        self.shared = nn.Conv2d(spatial_channels, hidden, 3, padding=1)
+        self.out = zeroed(nn.Conv2d(hidden, 2 * channels, 3, padding=1))
+
+    def forward(self, x: Tensor, spatial: Tensor) -> Tensor:
+        """x (B, C, h, w); spatial (B, Cs, H, W) with H and W multiples of h and w, reduced by its means."""
+        seen = F.adaptive_avg_pool2d(spatial, (x.shape[2], x.shape[3]))
+        gain, offset = self.out(F.silu(self.shared(seen))).chunk(2, dim=1)
+        return x + torch.addcmul(offset, self.norm(x), gain)

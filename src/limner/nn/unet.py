@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from limner.nn.attention import SelfAttention, SpatialTransformer
-from limner.nn.layers import Downsample, Modulation, ResBlock, TimeEmbedding, Upsample, zeroed
+from limner.nn.layers import Downsample, Modulation, ResBlock, SpatialNorm, TimeEmbedding, Upsample, zeroed
 from limner.nn.norm import GroupNorm
 
 
@@ -134,8 +134,9 @@ class UNet(nn.Module):
     """f(x_t, time, tau(y)) -> raw prediction.
 
     in_channels: channels of x and of `spatial` together. out_channels: of the prediction (twice the image's with a
-    learned variance). token_channels: width D of the tokens, where a level has cross-attention. The remaining
-    arguments are those of `limner.config.UNetConfig`.
+    learned variance). token_channels: width D of the tokens, where a level has cross-attention. spatial_channels: of
+    `spatial`, where it is also to modulate the way up (`SpatialNorm`). The remaining arguments are those of
+    `limner.config.UNetConfig`.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class UNet(nn.Module):
         levels: Sequence[Level],
         *,
         token_channels: int | None = None,
+        spatial_channels: int | None = None,
         patch: int = 1,
         modulation: Modulation = "scale_shift",
         resample: Literal["block", "conv", "pool"] = "block",
@@ -163,6 +165,7 @@ class UNet(nn.Module):
         transformer_norm_eps: float = 1e-6,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         time_channels = time_channels or levels[0].channels
@@ -172,20 +175,25 @@ class UNet(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         blocks = Blocks(self.emb_channels, modulation, resample, head_dim, heads, norm_groups, norm_eps, dropout,
                         token_channels, transformer_norm_eps, asymmetric)  # fmt: skip
-        self.time = TimeEmbedding(time_channels, self.emb_channels, time_order, time_scale, time_period)
+        self.time = TimeEmbedding(time_channels, self.emb_channels, time_order, time_scale, time_period, guided)
         self.stem = nn.Conv2d(in_channels * patch**2, levels[0].channels, 3, padding=1)
         self.down, skips = blocks.encoder(levels)
         self.middle = blocks.middle(levels[-1], middle, middle_depth)
         self.up = blocks.decoder(levels, skips)
+        widths = [level.channels for level in reversed(levels) for _ in range(level.blocks + 1)]
+        self.up_spatial = nn.ModuleList(
+            SpatialNorm(width, spatial_channels, groups=norm_groups, eps=norm_eps) for width in widths
+        ) if spatial_channels else None  # fmt: skip
         self.norm = GroupNorm(levels[0].channels, norm_groups, norm_eps)
         self.out = zeroed(nn.Conv2d(levels[0].channels, out_channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, time: Tensor, vector: Tensor | None = None, tokens: Tensor | None = None,
-                token_mask: Tensor | None = None, spatial: Tensor | None = None) -> Tensor:  # fmt: skip
+                token_mask: Tensor | None = None, spatial: Tensor | None = None,
+                guidance: Tensor | None = None) -> Tensor:  # fmt: skip
         """x (B, C, H, W), H and W multiples of `factor`; time (B,); vector (B, emb_channels) is added to the time
         embedding; tokens (B, L, D) with token_mask (B, L) feed cross-attention; spatial (B, Cs, H, W) is
-        concatenated. Returns (B, out_channels, H, W)."""
-        emb = self.time(time)
+        concatenated; guidance (B,) is what a `guided` network is told. Returns (B, out_channels, H, W)."""
+        emb = self.time(time, guidance)
         emb = F.silu(emb if vector is None else emb + vector)
         x = x if spatial is None else torch.cat([x, spatial], dim=1)
         x = self.stem(x if self.patch == 1 else F.pixel_unshuffle(x, self.patch))
@@ -195,8 +203,10 @@ class UNet(nn.Module):
             x = run_stages(stage, x, emb, tokens, token_mask, rematerialise=again)
             skips.append(x)
         x = run_stages(self.middle, x, emb, tokens, token_mask, rematerialise=again)
-        for stage in self.up:
+        for number, stage in enumerate(self.up):
             x = torch.cat([x, skips.pop()], dim=1)
             x = run_stages(stage, x, emb, tokens, token_mask, rematerialise=again)
+            if self.up_spatial is not None:
+                x = run_stages(self.up_spatial[number], x, spatial, rematerialise=again)
         x = self.out(self.norm(x, silu=True))
         return x if self.patch == 1 else F.pixel_shuffle(x, self.patch)
