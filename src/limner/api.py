@@ -13,7 +13,7 @@ from torch import Tensor
 
 from limner import __version__, build, config, recipe
 from limner.config import RunConfig
-from limner.data.dataset import prepare
+from limner.data.dataset import Dataset, prepare
 from limner.errors import LimnerError, suggest
 from limner.generator import Generator
 from limner.guide import NoisyClassifier
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from limner import stages
     from limner.training.initial import Initial
 
-Task = Literal["diffusion", "classifier", "autoencoder"]
+Task = Literal["diffusion", "classifier", "autoencoder", "distill"]
 Progress = Callable[[int, int], None]
 
 
@@ -127,6 +127,7 @@ def train(
     for_run: str | Path | None = None,
     autoencoder: str | Path | None = None,
     init: str | Path | None = None,
+    teacher: str | Path | None = None,
     flags: Mapping[str, Any] | str | Path | None = None,
     config: str | Path | None = None,
     settings: Sequence[str] = (),
@@ -143,28 +144,85 @@ def train(
     preset: a name of `build.preset_names()`, or a recipe file. budget: "20m"; images: "2M". for_run: the diffusion run
     that a classifier is to guide. autoencoder: a run or checkpoint in whose latents to train. init: a run or
     checkpoint to train on, with `flags` and `config` as in `load`; its recipe is taken unless a preset is named.
+    teacher: for task="distill", the run or checkpoint whose student this is; see docs/distillation.md.
     settings: `"training.batch=32"`, or as keywords, `training={"batch": 32}`. progress, encoding: told (done, rows)
     while pictures are read, and while they are encoded.
     Returns a `TrainResult`. Raises LimnerError for wrong input before anything is written.
     """
     from limner import stages
+    from limner.training import distill_rounds
 
     started_at = time.monotonic()
     out = Path(out)
     if autoencoder is None and for_run is not None and read_recipe(for_run).space.kind == "latent":
         autoencoder = for_run
-    if init is None and (flags or config):
+    if init is None and teacher is None and (flags or config):
         raise LimnerError(f"{'flags' if flags else 'config'}: says how a checkpoint is read; name it with --init FILE")
+    stored = read_recipe(out) if resume and (out / "config.yaml").is_file() else None
+    if task == "distill" or teacher is not None or (stored is not None and stored.distillation is not None):
+        others = {"init": init, "preset": preset, "for": for_run, "autoencoder": autoencoder}
+        for name in (name for name, asked in others.items() if asked is not None):
+            raise LimnerError(f"--{name}: doesn't go with --task distill, where the recipe is the teacher's")
+        if task not in ("distill", None if resume else "distill"):
+            raise LimnerError("--teacher: goes with --task distill")
+        taught = None if teacher is None else _initial(Path(teacher), flags, config)
+        wanted = _student(data, stored, taught, budget, images, settings, seed, overrides)
+        complete, pictures = _prepared(wanted, progress)
+        return distill_rounds.train(complete, pictures, out, teacher=taught, resume=resume, started_at=started_at,
+                                    progress=encoding, console=console)  # fmt: skip
     initial = None if init is None else _initial(Path(init), flags, config)
     given = _first_stage(autoencoder) if autoencoder is not None else _stage_of(initial)
     wanted = _recipe(data, out, preset, task, budget, images, for_run, given, initial, settings, seed, resume,
                      overrides)  # fmt: skip
+    complete, pictures = _prepared(wanted, progress)
+    return stages.train(complete, pictures, out, given=given, initial=initial, resume=resume, started_at=started_at,
+                        progress=encoding, console=console)  # fmt: skip
+
+
+def _prepared(wanted: RunConfig, progress: Progress | None) -> tuple[RunConfig, Dataset]:
+    """The recipe with what its data tell, and the data."""
     if wanted.training.images is None and wanted.training.budget_s is None:
         raise LimnerError("training has no end: give a budget, such as 20m, or a number of images, such as 2M")
     pictures = prepare(wanted.data, recipe.wants(wanted), progress)
-    complete = recipe.complete(wanted, pictures, str(wanted.data.source))
-    return stages.train(complete, pictures, out, given=given, initial=initial, resume=resume, started_at=started_at,
-                        progress=encoding, console=console)  # fmt: skip
+    return recipe.complete(wanted, pictures, str(wanted.data.source)), pictures
+
+
+def _student(data: str | Path | None, stored: RunConfig | None, teacher: Initial | None, budget: str | float | None,
+             images: str | int | None, settings: Sequence[str], seed: int | None,
+             overrides: Mapping[str, Any]) -> RunConfig:  # fmt: skip
+    """The recipe of a student: that of its run where there is one, else its teacher's."""
+    from limner.training import distill_rounds
+
+    if stored is not None and stored.distillation is None:
+        raise LimnerError("--task distill: the run to resume is no student")
+    if stored is None and teacher is None:
+        raise LimnerError("task distill: say whose student it is, with --teacher RUN")
+    if stored is not None:
+        where, base = "config.yaml", distill_rounds.whole(stored)
+    else:
+        assert teacher is not None
+        where, base = teacher.where, distill_rounds.raw_recipe(teacher)
+    raw = recipe.raw_recipe(base, source=None if data is None else str(data), settings=settings, budget=budget,
+                            images=images, seed=seed)  # fmt: skip
+    raw = distill_rounds.budgeted(_overridden(raw, overrides))
+    raw["provenance"] = recipe.provenance(raw, where, __version__)
+    _refuse_no_data(raw)
+    return config.parse(raw, where)
+
+
+def _overridden(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with sections, or values of sections, that were given as keywords. Raises LimnerError."""
+    changed = dict(raw)
+    for name, values in overrides.items():
+        if name not in RunConfig.model_fields:
+            raise LimnerError(f"option '{name}': there is none such{suggest(name, RunConfig.model_fields)}")
+        changed[name] = {**changed.get(name, {}), **values} if isinstance(values, Mapping) else values
+    return changed
+
+
+def _refuse_no_data(raw: Mapping[str, Any]) -> None:
+    if not raw.get("data", {}).get("source"):
+        raise LimnerError("no data: name a folder, a Parquet file, a WebDataset tar or a hub's data set")
 
 
 def _initial(path: Path, flags: Any, config: Any) -> Initial:
@@ -217,10 +275,7 @@ def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task |
         named = {"classifier": "cifar10-classifier", "autoencoder": "autoencoder"}
         base = preset = preset or named.get(task or "", "default")
     raw = recipe.raw_recipe(base, source=source, settings=settings, budget=budget, images=images, seed=seed)
-    for name, values in overrides.items():
-        if name not in RunConfig.model_fields:
-            raise LimnerError(f"option '{name}': there is none such{suggest(name, RunConfig.model_fields)}")
-        raw[name] = {**raw.get(name, {}), **values} if isinstance(values, Mapping) else values
+    raw = _overridden(raw, overrides)
     if task is not None:
         raw["task"] = task
     if raw.get("task") == "classifier" and preset != str(stored) and (for_run is not None or initial is None):
@@ -231,8 +286,7 @@ def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task |
         raise LimnerError("--for: goes with --task classifier")
     if given is not None:
         raw = recipe.for_autoencoder(raw, given.section, given.where)
-    if not raw.get("data", {}).get("source"):
-        raise LimnerError("no data: name a folder, a Parquet file, a WebDataset tar or a hub's data set")
+    _refuse_no_data(raw)
     if preset == "default":
         raw = recipe.automatic(raw)
     raw["provenance"] = recipe.provenance(raw, preset, __version__)

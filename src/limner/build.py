@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Model(nn.Module):
         """The network's own output at x (B, C, H, W) and time (B,); `cond` None is the null condition."""
         if cond is None:
             cond = self.embed({}, len(x), size=(x.shape[2], x.shape[3]))
-        return self.network(x, time, cond.vector, cond.tokens, cond.token_mask, cond.spatial)
+        return self.network(x, time, cond.vector, cond.tokens, cond.token_mask, cond.spatial, cond.guidance)
 
     def embed(self, cond: Mapping[str, Any], batch: int, drop: Mapping[str, Tensor] | None = None,
               size: tuple[int, int] | None = None) -> Embedded:  # fmt: skip
@@ -71,9 +72,12 @@ class Model(nn.Module):
         latents = autoencoder.normalise(autoencoder.encode(pictures[:, :-1]).mode())
         return torch.cat([latents, mask_of_latents(pictures[:, -1:], autoencoder.factor).to(latents)], dim=1)
 
-    def forward(self, x: Tensor, time: Tensor, cond: Mapping[str, Any], drop: Mapping[str, Tensor]) -> Tensor:
-        """Training's call: tau and the network in one, so that both learn from the one loss."""
-        return self.raw(x, time, self.embed(cond, len(x), drop, (x.shape[2], x.shape[3])))
+    def forward(self, x: Tensor, time: Tensor, cond: Mapping[str, Any], drop: Mapping[str, Tensor],
+                guidance: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Training's call: tau and the network in one, so that both learn from the one loss. guidance (B,): what a
+        network that is told its scale is told."""
+        tau = self.embed(cond, len(x), drop, (x.shape[2], x.shape[3]))
+        return self.raw(x, time, tau if guidance is None else replace(tau, guidance=guidance))
 
 
 def ready(model: Model, device: torch.device) -> None:

@@ -90,6 +90,11 @@ class Generator(Loaded):
         """Names of the labels, in order; empty for a model without labels."""
         return tuple(self.config.classes or ()) if "label" in self.modalities else ()
 
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Least and greatest scale that a student of guidance distillation knows; None for every other model."""
+        return None if self.config.distillation is None else self.config.distillation.guidance
+
     def settings(self, **given: Any) -> Settings:
         """Complete settings from those given; None, or left out, stands for the run's own. Raises LimnerError."""
         return Settings.of(given).resolved(self.config.sampling)
@@ -169,7 +174,7 @@ class Generator(Loaded):
             label, classifier_label = None, label if classifier_label is None else classifier_label
             if classifier_label is not None and given is None:
                 given = len(label_numbers(classifier_label, classifier.classes))
-        shape = self._shape(size, classifier)
+        shape = self.shape_for(size, classifier)
         wish = Wish(label, text, negative_text, image, mask, semantic_map, boxes, strength, conditions or {})
         asked = asked_of(self.config, wish, size or (self.config.data.size or (0, 0)))
         own = "label" if label is None and "label" not in wish.conditions else None
@@ -177,6 +182,7 @@ class Generator(Loaded):
         asked, count = asked.rotated(given if num is None else num, own)
         guide = Guide.towards(classifier, classifier_label, asked.conditions.get("label"), count, chosen, self.config)
         self._check(chosen, classifier, batch, tau)
+        self._check_told(chosen, negative=asked.negative is not None)
         if initial_noise is not None and initial_noise.shape != (count, *shape):
             raise LimnerError(f"initial_noise: {tuple(initial_noise.shape)}, should be {(count, *shape)}")
         path = self.schedule.path(chosen.steps, chosen.spacing)
@@ -256,7 +262,10 @@ class Generator(Loaded):
         def null() -> Embedded:
             return self.model.embed(negative, batch, size=size)
 
-        if settings.scales:
+        if self.guidance_range is not None:
+            told = partial(guidance.told, plain, embed=lambda tau, scale: replace(tau, guidance=scale))
+            denoise = guidance.interval(told(settings.guidance), told(1.0), *settings.interval)
+        elif settings.scales:
             names = [name for name in self.modalities if name in cond]
             chain = settings.composition == "chain"
             parts = [{n: cond[n] for n in (names[: k + 1] if chain else [name])} for k, name in enumerate(names)]
@@ -264,8 +273,9 @@ class Generator(Loaded):
             denoise = guidance.composed(plain, [settings.scales.get(name, 1.0) for name in names], taus, null=null(),
                                         join=Embedded.cat, chained=chain)  # fmt: skip
         elif settings.guidance != 1:
-            denoise = guidance.classifier_free(plain, settings.guidance, null=null(), join=Embedded.cat)
-        if denoise is not plain:
+            denoise = guidance.classifier_free(plain, settings.guidance, null=null(), join=Embedded.cat,
+                                               every=settings.guidance_every)  # fmt: skip
+        if denoise is not plain and self.guidance_range is None:
             denoise = guidance.rescaled(guidance.interval(denoise, plain, *settings.interval), settings.rescale)
         if settings.consistent:
             small = cond["image"][:, : self.config.data.channels].to(self.device).float()
@@ -288,7 +298,7 @@ class Generator(Loaded):
             if isinstance(pair, str) or len(pair) != 2:
                 raise LimnerError(f"{name}: should be two to go between")
         size = options.get("size") or self.config.data.size or (0, 0)
-        shape = self._shape(size, None)
+        shape = self.shape_for(size, None)
         ends = [initial_noise(one, [0], shape) for one in seed]
         share = torch.linspace(0, 1, num)
         found = asked_of(self.config, Wish(**pairs), size).conditions
@@ -299,7 +309,7 @@ class Generator(Loaded):
         batches = self.stream(num=num, tau=between, initial_noise=noise, **options)
         return self._gathered(batches, output)
 
-    def _shape(self, size: tuple[int, int] | None, classifier: Any) -> tuple[int, int, int]:
+    def shape_for(self, size: tuple[int, int] | None, classifier: Any) -> tuple[int, int, int]:
         """(C, H, W) in the network's space for a canvas of `size`. Raises LimnerError for one that doesn't do."""
         if size is None or size == self.config.data.size:
             return self.shape
@@ -331,6 +341,20 @@ class Generator(Loaded):
             raise LimnerError("guidance by modality: needs the conditions themselves, not tau")
         if settings.classifier_scale and classifier is None:
             raise LimnerError(f"classifier_scale {settings.classifier_scale:g}: needs a classifier")
+
+    def _check_told(self, settings: Settings, *, negative: bool) -> None:
+        """Raises LimnerError for what a student of guidance distillation doesn't know: it has one call, and a scale."""
+        if self.guidance_range is None:
+            return
+        low, high = self.guidance_range
+        if not low <= settings.guidance <= high:
+            raise LimnerError(f"guidance {settings.guidance:g}: this model was distilled for {low:g} to {high:g}")
+        two_halves = {"guidance by modality": settings.scales, "rescale": settings.rescale, "negative_text": negative,
+                      "guidance_every": settings.guidance_every > 1,
+                      "interval": settings.interval != (0.0, 1.0) and low > 1}  # fmt: skip
+        for name in (name for name, asked in two_halves.items() if asked):
+            raise LimnerError(f"{name}: this model was distilled to guide in one call and doesn't know it; its teacher "
+                              "does")  # fmt: skip
 
     def _facts(self, cond: Mapping[str, Any], count: int,
                towards: list[dict[str, Any]] | None) -> list[dict[str, Any]]:  # fmt: skip

@@ -24,6 +24,7 @@ class Settings:
     guidance: classifier-free scale s, 1 is off. scales: one by modality instead, such as {"text": 5, "boxes": 2}; what
     isn't named has 1. composition: how scales add up: "chain", each condition given those before it, in the model's
     order (InstructPix2Pix), or "sum", each by itself (Liu et al. 2206.01714).
+    guidance_every: the unconditional half is computed at every so many steps, see `core/guidance.py: classifier_free`.
     consistent: super-resolution: x0 is made to agree with the small picture at each step.
     interval: the range of t in which guidance of any kind acts.
     rescale: phi of Lin et al. 2305.08891. classifier_scale: 0 is off. clip: x0 kept in [-1, 1].
@@ -36,6 +37,7 @@ class Settings:
     guidance: float = 1.0
     scales: Mapping[str, float] | None = None
     composition: str = "chain"
+    guidance_every: int = 1
     consistent: bool = False
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
@@ -65,8 +67,10 @@ class Settings:
         """LimnerError for a value out of range."""
         if self.sampler not in SAMPLERS:
             raise LimnerError(f"sampler '{self.sampler}': there is none such{suggest(str(self.sampler), SAMPLERS)}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise LimnerError(f"steps: {self.steps}, should be a whole number from 1")
+        for name in ("steps", "guidance_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise LimnerError(f"{name}: {value}, should be a whole number from 1")
         numbers = {name: getattr(self, name) for name in ("guidance", "rescale", "eta", "classifier_scale")}
         numbers |= {f"guidance of {name}": scale for name, scale in (self.scales or {}).items()}
         for name, value in numbers.items():

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from limner.cli.console import STOPPED, emit, progress
+from limner.errors import LimnerError
 
 
 class Task(StrEnum):
@@ -16,6 +17,7 @@ class Task(StrEnum):
     diffusion = "diffusion"
     classifier = "classifier"
     autoencoder = "autoencoder"
+    distill = "distill"
 
 
 def train(
@@ -44,10 +46,20 @@ def train(
         str | None,
         typer.Option(metavar="RUN|FILE", help="Train on from this: a run, or a foreign checkpoint, which stays as is."),
     ] = None,
-    flags: Annotated[
-        str | None, typer.Option(metavar="FILE|FLAGS", help="--init of guided-diffusion: its flags, or their JSON.")
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|FILE", help="--task distill: the trained model that is to draw in fewer calls."),
     ] = None,
-    config: Annotated[str | None, typer.Option(metavar="FILE", help="--init of latent-diffusion: its YAML.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="--task distill: the student's steps, such as 1, 2 or 4. Default: 4.")
+    ] = None,
+    flags: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|FLAGS", help="--init or --teacher of guided-diffusion: its flags, or their JSON."),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="--init or --teacher of latent-diffusion: its YAML.")
+    ] = None,
     lora: Annotated[
         int | None, typer.Option(metavar="RANK", help="Train low-rank adapters of attention alone; goes with --init.")
     ] = None,
@@ -72,6 +84,9 @@ def train(
       limner train photos/ --autoencoder runs/ae --out runs/latent --budget 40m
       limner train photos/ --init 256x256_diffusion.pt --out runs/mine --images 200k
       limner train photos/ --init stable-diffusion-v1-5 --lora 8 --out runs/style --images 20k
+      limner train --task distill --teacher runs/text --out runs/fast --budget 30m
+      limner train --task distill --teacher runs/text --steps 1 --out runs/fastest --images 200k
+      limner train --task distill --teacher runs/text --set distillation.steps=null --out runs/one-call --budget 10m
     """
     from limner import api
 
@@ -86,9 +101,10 @@ def train(
             for_run=for_run,
             autoencoder=autoencoder,
             init=init,
+            teacher=teacher,
             flags=flags,
             config=config,
-            settings=[*(settings or []), *([] if lora is None else [f"training.lora={lora}"])],
+            settings=[*(settings or []), *_also(lora=lora, steps=steps, distilling=task == Task.distill)],
             seed=seed,
             resume=resume,
             progress=tell,
@@ -104,3 +120,11 @@ def train(
     emit(facts, [str(result.run)], json)
     if result.stopped is not None:
         raise typer.Exit(STOPPED)
+
+
+def _also(*, lora: int | None, steps: int | None, distilling: bool) -> list[str]:
+    """Settings that have an option of their own. Raises LimnerError for steps without --task distill."""
+    if steps is not None and not distilling:
+        raise LimnerError("--steps: goes with --task distill; those of sampling are --set sampling.steps")
+    named = {"training.lora": lora, "distillation.steps": steps}
+    return [f"{name}={value}" for name, value in named.items() if value is not None]

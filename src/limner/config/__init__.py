@@ -16,6 +16,7 @@ from limner.config.conditions import (
     TextCondition,
     VariationCondition,
 )
+from limner.config.distillation import DistillationConfig
 from limner.config.files import dump, load, override, parse, read_yaml
 from limner.config.networks import (
     AutoencoderConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "DataConfig",
     "DiffusionProcess",
     "DiscreteCosineSchedule",
+    "DistillationConfig",
     "EMAConfig",
     "Fraction",
     "ImageCondition",

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from limner.config.base import Fraction, Section
 from limner.config.conditions import ConditionConfig
+from limner.config.distillation import DistillationConfig
 from limner.config.networks import (
     AutoencoderConfig,
     AutoencoderLoss,
@@ -140,6 +141,7 @@ class SamplingConfig(Section):
     steps: PositiveInt = 20
     spacing: str = "log_snr"
     guidance: float = 2.0
+    guidance_every: PositiveInt = Field(default=1, description="steps between calls of guidance's unconditional half")
     interval: tuple[float, float] = Field(default=(0.0, 1.0), description="guidance acts for t in this range")
     rescale: Fraction = 0.0
     clip: bool = Field(default=True, description="predicted x0 clipped to [-1, 1]; pixels only")
@@ -160,6 +162,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     autoencoder_loss: AutoencoderLoss = AutoencoderLoss()
+    distillation: DistillationConfig | None = Field(default=None, description="of a student, what it learnt and whence")
     classes: tuple[str, ...] | None = Field(default=None, description="names of the labels, in order")
     label_smoothing: Fraction = Field(default=0.0, description="classifier task")
     provenance: dict[str, Any] = Field(default_factory=dict, description="where it came from; never read by the code")

@@ -39,21 +39,66 @@ def bind(denoise: Denoise, cond: Cond) -> Denoise:
     return lambda x, t, _=None, /: denoise(x, t, cond)
 
 
-def classifier_free(denoise: Denoise, scale: float, *, null: Cond = None, join: Join | None = None) -> Denoise:
+def classifier_free(denoise: Denoise, scale: float | Tensor, *, null: Cond = None, join: Join | None = None,
+                    every: int = 1) -> Denoise:  # fmt: skip
     """Classifier-free guidance, Ho & Salimans 2022 (2207.12598), eq. 6: u + s (c - u). The paper's w is s - 1.
 
-    null: what u is conditioned on: the null condition, or a negative one.
+    scale: s, or one by image (B,). null: what u is conditioned on: the null condition, or a negative one.
     join: makes one condition of [cond, null], so that c and u are one call of the network; None: two calls.
+    every: u is computed at every so many steps; between them c - u stays what it was (measured in
+        docs/distillation.md). It is remembered from step to step and forgotten when t rises or x has another shape:
+        make one denoiser for each call of a sampler.
     s = 1 calls c alone, s = 0 u alone. The variance is that of c.
+    """
+    if every < 1:
+        raise LimnerError(f"guidance every {every} steps: should be 1 (each) or more")
+    memory = _Kept(every)
+
+    def guided(x: Tensor, t: Tensor, cond: Cond = None, /) -> Denoised:
+        if not isinstance(scale, Tensor) and scale in (0, 1):
+            return denoise(x, t, cond if scale == 1 else null)
+        s = per_image(scale, x) if isinstance(scale, Tensor) else scale
+        difference = memory.due(x, t)
+        if difference is not None:
+            c = denoise(x, t, cond)
+            return replace(c, x0=c.x0 + (s - 1) * difference, plain=_plain(c))
+        c, u = _pair(denoise, x, t, cond, null, join)
+        memory.keep(c.x0 - u, t)
+        return replace(c, x0=u + s * (c.x0 - u), plain=_plain(c))
+
+    return guided
+
+
+def told(denoise: Denoise, scale: float | Tensor, *, embed: Callable[[Cond, Tensor], Cond]) -> Denoise:
+    """A network that is told the guidance scale s and guides in one call (Meng et al. 2023, 2210.03142).
+
+    scale: s, or one by image (B,). embed: puts (B,) scales into the condition of a batch.
     """
 
     def guided(x: Tensor, t: Tensor, cond: Cond = None, /) -> Denoised:
-        if scale in (0, 1):
-            return denoise(x, t, cond if scale == 1 else null)
-        c, u = _pair(denoise, x, t, cond, null, join)
-        return replace(c, x0=u + scale * (c.x0 - u), plain=_plain(c))
+        return denoise(x, t, embed(cond, torch.as_tensor(scale, dtype=torch.float32, device=x.device).expand(len(x))))
 
     return guided
+
+
+class _Kept:
+    """What guidance remembers between steps: c - u, given back until it is `every` steps old."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.age = every, 0
+        self.difference: Tensor | None = None
+        self.t = 0.0
+
+    def due(self, x: Tensor, t: Tensor) -> Tensor | None:
+        """What is kept, if it still does at x and t; None where it is to be computed."""
+        self.age += 1
+        if self.difference is None or self.age >= self.every:
+            return None
+        return self.difference if self.difference.shape == x.shape and float(t.max()) < self.t else None
+
+    def keep(self, difference: Tensor, t: Tensor) -> None:
+        if self.every > 1:
+            self.difference, self.t, self.age = difference, float(t.max()), 0
 
 
 def composed(denoise: Denoise, scales: Sequence[float], parts: Sequence[Cond], *, null: Cond = None,

@@ -7,7 +7,7 @@ absent condition in training (dropped at random) and in sampling (classifier-fre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,13 +22,15 @@ class Embedded:
     """tau(y) of a batch; a part that no condition gives is None.
 
     vector: (B, E), added to the time embedding, hence into AdaGN. tokens: (B, L, D), with token_mask (B, L) bool,
-    for cross-attention. spatial: (B, Cs, H, W), concatenated to x_t.
+    for cross-attention. spatial: (B, Cs, H, W), concatenated to x_t. guidance: (B,), the scale that a student of
+    guidance distillation is told; no conditioner gives it.
     """
 
     vector: Tensor | None = None
     tokens: Tensor | None = None
     token_mask: Tensor | None = None
     spatial: Tensor | None = None
+    guidance: Tensor | None = None
 
     @staticmethod
     def cat(parts: Sequence[Embedded]) -> Embedded:
@@ -61,7 +63,7 @@ class Embedded:
         masks = [part.token_mask for part in (first, last)]
         mask = None if masks[0] is None or masks[1] is None else (masks[0] | masks[1]).expand(len(share), -1)
         return Embedded(between(first.vector, last.vector), between(first.tokens, last.tokens), mask,
-                        between(first.spatial, last.spatial))  # fmt: skip
+                        between(first.spatial, last.spatial), between(first.guidance, last.guidance))  # fmt: skip
 
     def padded(self, length: int) -> Embedded:
         """The same with tokens padded to `length`, and a mask."""
@@ -71,13 +73,13 @@ class Embedded:
         mask = self.token_mask
         if mask is None:
             mask = torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
-        return Embedded(self.vector, F.pad(self.tokens, (0, 0, 0, missing)), F.pad(mask, (0, missing)), self.spatial)
+        return replace(self, tokens=F.pad(self.tokens, (0, 0, 0, missing)), token_mask=F.pad(mask, (0, missing)))
 
     def __getitem__(self, rows: slice | Tensor) -> Embedded:
         return Embedded(*(None if part is None else part[rows] for part in (getattr(self, name) for name in FIELDS)))
 
 
-FIELDS = ("vector", "tokens", "token_mask", "spatial")
+FIELDS = ("vector", "tokens", "token_mask", "spatial", "guidance")
 
 
 def _cat(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:

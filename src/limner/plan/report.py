@@ -84,7 +84,8 @@ def with_classes(config: RunConfig, number: int) -> RunConfig:
 def _drawing(config: RunConfig, counts: Counts) -> float:
     """One picture: its conditions, the network at every step, both twice where it is guided, then the decoder."""
     sampling, image = config.sampling, counts.image
-    twice = 2 if config.conditions and sampling.guidance != 1.0 else 1
+    told = config.distillation is not None and config.distillation.guidance is not None
+    twice = 2 if config.conditions and sampling.guidance != 1.0 and not told else 1
     calls = sampling.steps * (2 if sampling.sampler == "heun" else 1)
     network = image.forward_flops - image.condition_flops
     return twice * (calls * network + image.condition_flops) + counts.decode_flops

@@ -313,7 +313,8 @@ def load_weights(module: nn.Module, tensors: Tensors, where: str,
 
 _FREE_TO_CHANGE = ("provenance", "sampling", "training", "label_smoothing", "data.source", "data.split",
                    "process.weighting", "process.vlb_weight", "space.share", "space.source",
-                   "space.training")  # fmt: skip
+                   "space.training", "distillation.teacher", "distillation.images",
+                   "distillation.budget_s")  # fmt: skip
 _FIXED_ALL_THE_SAME = ("training.optimizer", "training.ema")
 
 

@@ -64,6 +64,8 @@ class Taken:
 def raw_recipe(initial: Initial) -> dict[str, Any]:
     """The recipe to train a model on: whatever makes it is its own; columns and classes are for the new data to tell,
     and training has its defaults, at the learning rate of fine-tuning."""
+    if initial.config.distillation is not None:
+        raise LimnerError(f"{initial.where}: was distilled, and would forget it; train its teacher on, and distil that")
     stored = initial.config.model_dump(mode="json")
     data = {name: stored["data"][name] for name in ("size", "channels", "ground", "crop", "flip")}
     conditions = [{k: v for k, v in section.items() if k not in ("classes", "void")} for section in

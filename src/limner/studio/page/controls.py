@@ -52,12 +52,13 @@ class Controls:
     def _plain(self) -> None:
         limits = self.engine.limits
         guided = bool(self.generator.modalities)
+        least, greatest = self.generator.guidance_range or (0, 10)
         with gr.Row():
             self.num = gr.Slider(1, limits.num, min(4, limits.num), step=1, label="Pictures")
             if guided:
                 self.settings["guidance"] = gr.Slider(
-                    0,
-                    10,
+                    least,
+                    greatest,
                     self.own.guidance,
                     step=0.1,
                     label="Guidance",
