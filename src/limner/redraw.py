@@ -23,10 +23,11 @@ PICTURES = ("image", "mask", "semantic_map")
 
 
 def facts_of(generator: Generator, run: str, settings: Settings, seed: int,
-             classifier_digest: str | None = None) -> dict[str, Any]:  # fmt: skip
+             classifier_digest: str | None = None, strength: float | None = None,
+             size: tuple[int, int] | None = None) -> dict[str, Any]:  # fmt: skip
     """What is needed to draw the same again; it goes into every PNG, beside each picture's own facts."""
     facts = {"run": run, "digest": generator.digest, "seed": seed, **asdict(settings)}
-    facts["classifier_digest"] = classifier_digest
+    facts |= {"classifier_digest": classifier_digest, "strength": strength, "size": size and list(size)}
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -57,7 +58,8 @@ class Repeat:
     """A drawing as its PNG tells it: `generator.stream(**options)` draws it again.
 
     run, digest: of the model. conditions: one value for each of the `num` pictures, from number `first` on. settings:
-    by name. classifier_digest: of the classifier that steered it, else None.
+    by name. classifier_digest: of the classifier that steered it, else None. size: (height, width), None for the
+    model's own.
     """
 
     run: str
@@ -69,12 +71,14 @@ class Repeat:
     settings: Mapping[str, Any]
     classifier_digest: str | None = None
     strength: float | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Keywords of `Generator.stream`, the classifier aside."""
-        strength = {} if self.strength is None else {"strength": self.strength}
-        return {"num": self.num, "seed": self.seed, "first": self.first, **strength, **self.conditions, **self.settings}
+        further = {"strength": self.strength, "size": self.size}
+        told = {name: value for name, value in further.items() if value is not None}
+        return {"num": self.num, "seed": self.seed, "first": self.first, **told, **self.conditions, **self.settings}
 
     def check(self, generator: Generator, run: str) -> None:
         """Raises LimnerError unless this model drew it."""
@@ -115,6 +119,7 @@ class Repeat:
                 {key: value for key, value in facts.items() if key in known},
                 facts.get("classifier_digest"),
                 facts.get("strength"),
+                None if facts.get("size") is None else (int(facts["size"][0]), int(facts["size"][1])),
             )
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError):
             raise LimnerError(
