@@ -20,7 +20,7 @@ from limner.nn.classifier import NoisyClassifier
 from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
 from limner.nn.layout import LITE0_CHANNELS, BoxesConditioner, VariationConditioner, see_lite0
 from limner.nn.quantizer import VectorQuantizer
-from limner.nn.spatial import ImageConditioner, MaskConditioner, SemanticMapConditioner, mask_of_latents
+from limner.nn.spatial import Cells, ImageConditioner, MaskConditioner, SemanticMapConditioner, mask_of_latents
 from limner.nn.text import PretrainedEncoder, PretrainedTokenizer, TextConditioner, TextTransformer, Vocabulary
 from limner.nn.unet import Level, UNet
 
@@ -32,6 +32,8 @@ SCHEDULES = {
     "cosine": schedules.CosineSchedule,
     "rectified_flow": schedules.RectifiedFlowSchedule,
 }
+HOLES = {"grey": 0.0, "black": -1.0}
+"""What a picture is in its hole."""
 
 
 class Model(nn.Module):
@@ -60,17 +62,25 @@ class Model(nn.Module):
             for name in cond:
                 raise LimnerError(f"condition '{name}': this model is unconditional")
             return Embedded()
-        if self.autoencoder is not None and cond.get("mask") is not None:
-            cond = {**cond, "mask": self.hole_of_latents(self.autoencoder, cond["mask"])}
+        if cond.get("mask") is not None and "mask" in self.conditioner.modalities:
+            cond = {**cond, "mask": self._hole(self.conditioner.modalities["mask"], cond["mask"])}
         return self.conditioner(cond, batch, drop, size)
+
+    def _hole(self, known: Any, pictures: Tensor) -> Tensor:
+        """Pictures with a hole (B, C + 1, H, W) in the network's space, as the conditioner `known` has them."""
+        pictures = known.coloured(pictures)
+        if self.autoencoder is None:
+            return pictures
+        return self.hole_of_latents(self.autoencoder, pictures, known.cells)
 
     @staticmethod
     @torch.no_grad()
-    def hole_of_latents(autoencoder: Autoencoder, pictures: Tensor) -> Tensor:
+    def hole_of_latents(autoencoder: Autoencoder, pictures: Tensor, cells: Cells = "any") -> Tensor:
         """Pictures with a hole (B, C + 1, H, W) as their latents and the hole's cells (B, c + 1, H/f, W/f)."""
         pictures = pictures.to(autoencoder.latent_mean.device)
         latents = autoencoder.normalise(autoencoder.encode(pictures[:, :-1]).mode())
-        return torch.cat([latents, mask_of_latents(pictures[:, -1:], autoencoder.factor).to(latents)], dim=1)
+        mask = mask_of_latents(pictures[:, -1:], autoencoder.factor, cells)
+        return torch.cat([latents, mask.to(latents)], dim=1)
 
     def forward(self, x: Tensor, time: Tensor, cond: Mapping[str, Any], drop: Mapping[str, Tensor],
                 guidance: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -157,7 +167,8 @@ def modality(section: c.ConditionConfig, config: c.RunConfig, emb_channels: int)
         return ImageConditioner(config.data.channels, (height, width), section.size, null=section.null,
                                 levels=section.noise > 0)  # fmt: skip
     if isinstance(section, c.MaskCondition):
-        return MaskConditioner(channels, (height, width))
+        return MaskConditioner(channels, (height, width), null=section.null, colour=HOLES[section.hole],
+                               signed=section.signed, cells=section.cells)  # fmt: skip
     assert config.data.size is not None
     factor = config.data.size[0] // height
     return SemanticMapConditioner(len(_classes(section.classes, "a semantic map")), section.width, (height, width),

@@ -108,6 +108,12 @@ class MaskCondition(Section):
     shapes: tuple[Literal["brush", "box", "outside"], ...] = Field(
         default=("brush", "box", "outside"), min_length=1, description="of masks made in training, in equal parts"
     )
+    null: bool = Field(True, description="an absent picture is all hole; False: every picture must be given")
+    hole: Literal["grey", "black"] = Field(default="grey", description="the colour that the model sees in the hole")
+    signed: bool = Field(default=False, description="the mask is -1 and 1 to the network, not 0 and 1")
+    cells: Literal["any", "first"] = Field(
+        default="any", description="latents: a cell is in the hole for any of its pixels, or for its upper left one"
+    )
 
 
 class BoxesCondition(Section):

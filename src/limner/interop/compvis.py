@@ -7,7 +7,7 @@ weights themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from limner.interop.compvis_config import (
     latent_size,
     model_settings,
     recipe,
+    scale_factor,
     unet_arguments,
 )
 from limner.interop.imported import Imported, imported, normalisation
-from limner.interop.keymap import Rule, under
+from limner.interop.keymap import Change, Rule, under
 from limner.interop.safe import Content
 
 NETWORK = "model.diffusion_model."
@@ -68,11 +69,11 @@ def read(content: Content, path: Path, config: str | Path | None) -> Imported:
     told = compvis_conditions.told(settings, classes, f, size, weights, where)
     made = recipe(settings, told.sections, told.classes, where)
     _check_schedule(weights, made, where)
-    rules = [*_network_table(made), *told.rules]
+    rules = [*_network_table(made, told.stem), *told.rules]
     given = dict(told.given)
     if isinstance(made.space, c.LatentSpace):
         rules += under(FIRST_STAGE, "autoencoder.", compvis_keys.autoencoder(made.space.autoencoder))
-        given |= _latent_scale(made.space.autoencoder, _scale_factor(weights, settings))
+        given |= _latent_scale(made.space.autoencoder, scale_factor(weights, settings))
     ignore = [*BUFFERS, *UNUSED, *told.unused]
     return imported(made, weights, rules, where, ignore=ignore, given=given, notes=[*notes, *told.notes])
 
@@ -90,13 +91,6 @@ def _latent_scale(config: c.AutoencoderConfig, scale: float) -> dict[str, Tensor
     """The peer multiplies latents by one factor; ours are divided by a deviation per channel."""
     channels = config.latent_channels
     return normalisation(config, torch.zeros(channels), torch.full((channels,), 1 / scale))
-
-
-def _scale_factor(weights: Mapping[str, Tensor], settings: Settings) -> float:
-    """A buffer with `scale_by_std`; otherwise in the YAML, and 1 where it is in neither."""
-    if settings.get("scale_by_std", False) and "scale_factor" in weights:
-        return float(weights["scale_factor"])
-    return float(settings.get("scale_factor", 1.0))
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,8 @@ def _check_schedule(weights: Mapping[str, Tensor], made: c.RunConfig, where: str
         raise LimnerError(f"{where}: its noise schedule isn't the config's (timesteps, linear_start, linear_end)")
 
 
-def _network_table(made: c.RunConfig) -> list[Rule]:
+def _network_table(made: c.RunConfig, stem: Change | None) -> list[Rule]:
+    """stem: what becomes of the first layer's weights."""
     model = made.model
     assert isinstance(model, c.UNetConfig)
     if model.middle == "transformer":
@@ -152,4 +147,5 @@ def _network_table(made: c.RunConfig) -> list[Rule]:
     else:
         new_order = made.provenance.get("new_attention_order", False)
         attention = unet_keys.self_attention(unet_keys.heads_of(model), heads_outside=not new_order)
-    return under(NETWORK, "network.", [*unet_keys.ENDS, *unet_keys.blocks(attention)])
+    ends = [replace(one, change=stem) if one.targets == ("stem.{p}",) else one for one in unet_keys.ENDS]
+    return under(NETWORK, "network.", [*ends, *unet_keys.blocks(attention)])

@@ -1,4 +1,5 @@
-"""What CompVis' models are told: classes, text, layouts as tokens; semantic maps and small pictures, concatenated."""
+"""What CompVis' models are told: classes, text, layouts as tokens; semantic maps, small pictures and pictures with a
+hole, concatenated."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from limner.errors import LimnerError
 from limner.interop import compvis_text, hf_text
-from limner.interop.compvis_config import IMAGENET, UNCONDITIONAL, Settings
-from limner.interop.keymap import Rule, per_weight, rule
+from limner.interop.compvis_config import IMAGENET, UNCONDITIONAL, Settings, scale_factor
+from limner.interop.keymap import Change, Rule, per_weight, rule
 
 CONDITION = "cond_stage_model."
 FIRST_STAGE = "__is_first_stage__"
@@ -23,7 +24,8 @@ LABEL = "conditioner.modalities.label.table"
 @dataclass(frozen=True)
 class Told:
     """A model's conditions: their sections of a recipe, names of the classes, the table of their weights, weights that
-    the file says in another way, what of its weights draws nothing, and what the user should know."""
+    the file says in another way, what of its weights draws nothing, what the user should know, and how the weights of
+    the network's first layer change."""
 
     sections: list[dict[str, Any]] = field(default_factory=list)
     classes: list[str] | None = None
@@ -31,6 +33,7 @@ class Told:
     given: dict[str, Tensor] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    stem: Change | None = None
 
 
 def told(settings: Settings, classes: int | None, factor: int, latent: tuple[int, int], weights: Mapping[str, Tensor],
@@ -48,8 +51,7 @@ def told(settings: Settings, classes: int | None, factor: int, latent: tuple[int
     if key not in ("crossattn", "concat"):
         raise LimnerError(f"{settings.where}: conditioning_key '{key}' has no counterpart; crossattn, concat, adm have")
     if stage == FIRST_STAGE:
-        raise LimnerError(f"{settings.where}.cond_stage_config: {FIRST_STAGE} (inpainting) has no counterpart: its "
-                          "hole is black, Limner's grey")  # fmt: skip
+        return _inpainting(settings, key, weights)
     embedder = settings.part("cond_stage_config")
     if key == "concat":
         return _concatenated(embedder, factor, latent, weights)
@@ -58,6 +60,22 @@ def told(settings: Settings, classes: int | None, factor: int, latent: tuple[int
     text = compvis_text.read(embedder, weights, CONDITION)
     data, notes = text.vocabulary(where)
     return Told([text.section], None, text.rules, {f"{hf_text.TEXT}tokenizer.data": data}, text.unused, notes)
+
+
+def _inpainting(settings: Settings, key: str, weights: Mapping[str, Tensor]) -> Told:
+    """`scripts/inpaint.py`: to x_t are concatenated the latent of the picture, black in the hole, and the mask, whose
+    cells are the nearest pixels and whose values are -1 and 1. That latent isn't scaled as x_t is; ours is, so that
+    the first layer's weights for it are divided by the scale."""
+    unet, latent = settings.part("unet_config"), settings.part("first_stage_config").need("embed_dim")
+    channels = unet.get("in_channels", 0)
+    if key != "concat" or channels != 2 * latent + 1:
+        raise LimnerError(f"{settings.where}.cond_stage_config: {FIRST_STAGE} with {key} of {channels} channels has no "
+                          f"counterpart; inpainting has: concat of {2 * latent + 1}")  # fmt: skip
+    section = {"kind": "mask", "dropout": 0.0, "null": False, "hole": "black", "signed": True, "cells": "first"}
+    gain = torch.ones(channels, 1, 1)
+    gain[latent : 2 * latent] = 1 / scale_factor(weights, settings)
+    stem = per_weight(lambda x: x * gain.to(x) if x.ndim == 4 else x, lambda x: x / gain.to(x) if x.ndim == 4 else x)
+    return Told([section], unused=(f"{CONDITION}*",), stem=stem)
 
 
 def _classes(embedder: Settings, where: str) -> Told:

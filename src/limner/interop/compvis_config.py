@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from limner import config as c
 from limner.errors import LimnerError, suggest
 
@@ -90,6 +92,13 @@ def autoencoder_recipe(settings: Settings, where: str) -> c.RunConfig:
 
 def _provenance(settings: Settings, where: str) -> dict[str, Any]:
     return {"format": "CompVis", "file": Path(where).name, "target": settings.target}
+
+
+def scale_factor(weights: Mapping[str, Tensor], settings: Settings) -> float:
+    """What latents are multiplied by: a buffer with `scale_by_std`, otherwise in the YAML, and 1 where in neither."""
+    if settings.get("scale_by_std", False) and "scale_factor" in weights:
+        return float(weights["scale_factor"])
+    return float(settings.get("scale_factor", 1.0))
 
 
 def unet_arguments(settings: Settings) -> dict[str, Any]:

@@ -6,6 +6,8 @@ be larger than those in training (Rombach et al. 2022, section 4.3.2).
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from limner.errors import LimnerError
 from limner.nn.conditioners import Embedded
 
 Size = tuple[int, int]
+Cells = Literal["any", "first"]
 
 
 class ImageConditioner(nn.Module):
@@ -114,16 +117,18 @@ class MaskConditioner(nn.Module):
     """A picture with a hole, and where the hole is (Rombach et al. 2022, section 4.5; Saharia et al. 2022, 2111.05826).
 
     An absent picture is nothing but hole: grey, and masked everywhere. In latent space the picture is its latent, and
-    the mask has the latent's size: `build.Model` sees to it.
-    channels: of x_t. size: of x_t in training.
+    the mask has the latent's size: `build.Model` sees to it, by `coloured` and `mask_of_latents`.
+    channels: of x_t. size: of x_t in training. null: whether the picture may be absent. colour: of the picture in the
+    hole, 0 is grey, -1 black. signed: whether the network's mask is -1 and 1. cells: see `mask_of_latents`.
     """
 
     token_channels = None
     hole: Tensor
 
-    def __init__(self, channels: int, size: Size) -> None:
+    def __init__(self, channels: int, size: Size, *, null: bool = True, colour: float = 0.0, signed: bool = False,
+                 cells: Cells = "any") -> None:  # fmt: skip
         super().__init__()
-        self.size = size
+        self.size, self.null, self.colour, self.signed, self.cells = size, null, colour, signed, cells
         self.spatial_channels = channels + 1
         self.register_buffer("hole", F.pad(torch.zeros(channels), (0, 1), value=1.0)[None, :, None, None],
                              persistent=False)  # fmt: skip
@@ -133,10 +138,20 @@ class MaskConditioner(nn.Module):
         """mask: (B, C + 1, H, W) as `with_hole` makes it, of the size of x_t, or None; drop (B,) bool: absent rows."""
         hole = self.hole.expand(batch, -1, *(size or self.size))
         if mask is None:
+            if not self.null:
+                raise LimnerError("mask: this model paints in the holes of pictures; give image and mask")
             return Embedded(spatial=hole)
         if mask.shape != hole.shape:
             raise LimnerError(f"mask: shape {tuple(mask.shape)} should be {tuple(hole.shape)}: picture and mask")
-        return Embedded(spatial=_dropped(mask.to(hole), hole, drop))
+        mask = mask.to(hole)
+        if self.signed:
+            mask = torch.cat([mask[:, :-1], 2 * mask[:, -1:] - 1], dim=1)
+        return Embedded(spatial=_dropped(mask, hole, drop))
+
+    def coloured(self, pictures: Tensor) -> Tensor:
+        """(B, C + 1, H, W) as `with_hole` makes it, with the hole in the colour that the model knows."""
+        mask = pictures[:, -1:]
+        return torch.cat([pictures[:, :-1] + self.colour * mask, mask], dim=1) if self.colour else pictures
 
 
 def _dropped(given: Tensor, absent: Tensor, drop: Tensor | None) -> Tensor:
@@ -154,6 +169,7 @@ def with_level(image: Tensor, level: Tensor, noise: Tensor) -> Tensor:
     return torch.cat([image + plane * noise, plane.expand(-1, 1, *image.shape[2:])], dim=1)
 
 
-def mask_of_latents(mask: Tensor, factor: int) -> Tensor:
-    """A mask (B, 1, H, W) at the size of the latents: a cell with any pixel of the hole in it belongs to the hole."""
-    return F.max_pool2d(mask, factor)
+def mask_of_latents(mask: Tensor, factor: int, cells: Cells = "any") -> Tensor:
+    """A mask (B, 1, H, W) at the size of the latents. A cell belongs to the hole where any of its pixels does, or
+    where the first one, its upper left, does: the nearest neighbour of CompVis' `scripts/inpaint.py`."""
+    return F.max_pool2d(mask, factor) if cells == "any" else mask[:, :, ::factor, ::factor]
