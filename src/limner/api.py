@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from limner import __version__, build, config, recipe
+from limner import __version__, build, config, recipe, zoo
 from limner.config import RunConfig
 from limner.data.dataset import Dataset, prepare
 from limner.errors import LimnerError, suggest
@@ -33,7 +33,8 @@ Progress = Callable[[int, int], None]
 
 def load(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = None,
          config: str | Path | None = None) -> Generator | NoisyClassifier:  # fmt: skip
-    """A run, or a checkpoint or folder of another project, ready to draw or to guide.
+    """A run, a model that comes with Limner by its name (`limner models`), or a checkpoint or folder of another
+    project, ready to draw or to guide.
 
     flags: of a guided-diffusion `.pt`: a dict, a JSON file, or the command line that it was trained with.
     config: the YAML of a CompVis `.ckpt`. Raises LimnerError saying what is wrong with the file, or what it needs.
@@ -43,12 +44,13 @@ def load(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = Non
 
 def _found(path: Path, flags: Any, config: Any) -> tuple[Imported, str]:
     """The recipe and weights of what `load` reads, and the digest of its file."""
+    path = zoo.located(path)
     if path.is_dir() and (path / "config.yaml").is_file():
         if flags is not None or config is not None:
             raise LimnerError(f"{path}: a run needs neither flags nor a config; leave them out")
         return read_run(path), digest_of(path / "model.safetensors")
     if not path.exists():
-        raise LimnerError(f"{path}: there is no such file or directory")
+        raise LimnerError(f"{path}: there is no such file or directory{zoo.suggestion(path)}")
     from limner import interop
 
     return interop.read(path, flags=flags, config=config), digest_of(path)
@@ -56,7 +58,7 @@ def _found(path: Path, flags: Any, config: Any) -> tuple[Imported, str]:
 
 def read_recipe(run: str | Path) -> RunConfig:
     """The recipe of a run. Raises LimnerError for a missing or damaged file."""
-    return config.load(Path(run) / "config.yaml")
+    return config.load(zoo.located(run) / "config.yaml")
 
 
 def read_run(run: Path) -> Imported:
@@ -110,7 +112,8 @@ def convert(source: str | Path, out: str | Path, *, to: Literal["limner", "diffu
     """
     from limner import interop
 
-    return interop.convert(Path(source), Path(out), to=to, flags=flags, config=config, licence=licence, tell=progress)
+    source = zoo.located(source)
+    return interop.convert(source, Path(out), to=to, flags=flags, config=config, licence=licence, tell=progress)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -310,7 +313,7 @@ def evaluate(samples: Any, reference: Any = None, *, features: str = "efficientn
     from limner.evaluation import runs
     from limner.evaluation.evaluate import evaluate as compare
 
-    if isinstance(samples, str | Path) and (Path(samples) / "config.yaml").is_file():
+    if isinstance(samples, str | Path) and (zoo.located(samples) / "config.yaml").is_file():
         samples = load(samples)
     if isinstance(samples, Generator):
         return runs.evaluate(samples, reference, features=features, num=num, progress=progress, **drawing)

@@ -59,7 +59,7 @@ def evaluate(
       limner evaluate runs/photos --bits-per-dim --num 64
       limner evaluate runs/streets --fidelity --reference streets/test.parquet --num 128
     """
-    from limner import api
+    from limner import api, zoo
     from limner.evaluation import page, plots, processes
     from limner.evaluation.report import sweep_csv, sweep_table
 
@@ -76,7 +76,7 @@ def evaluate(
         raise LimnerError("--plot: goes with several scales, such as --guidance 1,1.5,2,3")
     drawing: dict[str, Any] = {"sampler": sampler, "steps": steps}
     drawing = {name: value for name, value in drawing.items() if value is not None}
-    if (Path(samples) / "config.yaml").is_file():
+    if (zoo.located(samples) / "config.yaml").is_file():
         drawing |= {"seed": seed, "batch": batch}
     how: dict[str, Any] = {"features": features, "num": num, "trained_on": trained_on, **drawing}
     with processes.joined() as speaks:

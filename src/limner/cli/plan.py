@@ -47,5 +47,8 @@ def _file(recipe: str) -> str:
     """The recipe of a run, or what was given."""
     from pathlib import Path
 
-    inside = Path(recipe) / "config.yaml"
+    from limner import zoo
+    from limner.build import preset_names
+
+    inside = (Path(recipe) if recipe in preset_names() else zoo.located(recipe)) / "config.yaml"
     return str(inside) if inside.is_file() else recipe

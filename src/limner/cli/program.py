@@ -19,6 +19,7 @@ from limner.cli.console import DONE, OUR_FAULT, STOPPED, WRONG_INPUT
 from limner.cli.convert import convert
 from limner.cli.evaluate import evaluate
 from limner.cli.experiment import app as experiment
+from limner.cli.models import models
 from limner.cli.plan import plan
 from limner.cli.reconstruct import reconstruct
 from limner.cli.sample import sample
@@ -56,7 +57,7 @@ def _limner(
         context.get_help()
 
 
-for _command in (train, sample, reconstruct, evaluate, check, convert, studio, bench, plan):
+for _command in (train, sample, reconstruct, evaluate, check, convert, studio, bench, plan, models):
     app.command()(_command)
 app.add_typer(experiment, name="experiment")
 

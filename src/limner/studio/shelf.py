@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limner import api
+from limner import api, zoo
 from limner.errors import LimnerError, suggest
 from limner.generator import Generator
 from limner.guide import NoisyClassifier
@@ -38,7 +38,7 @@ class Shelf:
         generators: dict[str, Generator] = {}
         classifiers: list[NoisyClassifier] = []
         runs: dict[str, Path] = {}
-        for name, path in zip(names, (Path(path) for path in paths), strict=True):
+        for name, path in zip(names, (zoo.located(path) for path in paths), strict=True):
             if (path / "config.yaml").is_file():
                 runs[name] = path
                 if not (path / "model.safetensors").is_file():
