@@ -162,12 +162,8 @@ def train(
     if init is None and teacher is None and (flags or config):
         raise LimnerError(f"{'flags' if flags else 'config'}: says how a checkpoint is read; name it with --init FILE")
     stored = read_recipe(out) if resume and (out / "config.yaml").is_file() else None
-    if task == "distill" or teacher is not None or (stored is not None and stored.distillation is not None):
-        others = {"init": init, "preset": preset, "for": for_run, "autoencoder": autoencoder}
-        for name in (name for name, asked in others.items() if asked is not None):
-            raise LimnerError(f"--{name}: doesn't go with --task distill, where the recipe is the teacher's")
-        if task not in ("distill", None if resume else "distill"):
-            raise LimnerError("--teacher: goes with --task distill")
+    others = {"init": init, "preset": preset, "for": for_run, "autoencoder": autoencoder}
+    if _distils(task, teacher, stored, others):
         taught = None if teacher is None else _initial(Path(teacher), flags, config)
         wanted = _student(data, stored, taught, budget, images, settings, seed, overrides)
         complete, pictures = _prepared(wanted, progress)
@@ -180,6 +176,20 @@ def train(
     complete, pictures = _prepared(wanted, progress)
     return stages.train(complete, pictures, out, given=given, initial=initial, resume=resume, started_at=started_at,
                         progress=encoding, console=console)  # fmt: skip
+
+
+def _distils(task: Task | None, teacher: Any, stored: RunConfig | None, others: Mapping[str, Any]) -> bool:
+    """Whether a student is to be trained. Raises LimnerError for options that don't go together."""
+    resumed = stored is not None and stored.distillation is not None
+    if task != "distill" and not resumed:
+        if teacher is not None:
+            raise LimnerError("--teacher: goes with --task distill")
+        return False
+    if task not in (None, "distill"):
+        raise LimnerError(f"--task {task}: the run to resume is a student's; leave it out")
+    for name in (name for name, asked in others.items() if asked is not None):
+        raise LimnerError(f"--{name}: doesn't go with --task distill, where the recipe is the teacher's")
+    return True
 
 
 def _prepared(wanted: RunConfig, progress: Progress | None) -> tuple[RunConfig, Dataset]:

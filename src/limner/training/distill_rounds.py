@@ -1,9 +1,9 @@
 """Distillation round by round, each a run of its own whose teacher is the one before:
 
-    RUN/teacher/           a copy of the teacher
-    RUN/rounds/guidance/   a student that guides in one call a step
-    RUN/rounds/8-steps/    one that draws in 8 steps
-    RUN                    the last: it draws in 4
+RUN/teacher/           a copy of the teacher
+RUN/rounds/guidance/   a student that guides in one call a step
+RUN/rounds/8-steps/    one that draws in 8 steps
+RUN                    the last: it draws in 4
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def train(recipe: c.RunConfig, pictures: Dataset, out: Path, *, teacher: Initial
         result = loop.train(task, data, own, directory, resume=True, started_at=started_at, console=console)
         images, seconds, started_at = images + result.images, seconds + result.seconds, time.monotonic()
         if result.stopped is not None or last:
-            return replace(result, run=out, images=images, seconds=seconds)
+            figures = {**result.figures, "images": images, "seconds": round(seconds, 2)}
+            return replace(result, run=out, images=images, seconds=seconds, figures=figures)
         teacher = Initial(own, read_model(directory), str(directory))
     raise AssertionError("a distillation has a last round")
 
