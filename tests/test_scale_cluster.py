@@ -16,7 +16,7 @@ import yaml
 from limner.cli.program import app
 
 TEXT = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+BLOCKS = re.findall(r"```(\w+)[^\n]*\n(.*?)```", TEXT, re.DOTALL)
 SCRIPTS = [block for language, block in BLOCKS if language == "bash"]
 MANIFESTS: list[dict[str, Any]] = [
     manifest for language, block in BLOCKS if language == "yaml" for manifest in yaml.safe_load_all(block)
