@@ -39,6 +39,14 @@ class DataConfig(Section):
     map_column: str | None = Field(default=None, description="semantic maps: pictures of class numbers")
     mask_column: str | None = Field(default=None, description="masks: white is what is to be painted")
     boxes_column: str | None = Field(default=None, description="objects: {bbox: [[x, y, w, h]], categories: []}")
+    stream: bool = Field(
+        default=False, description="tars, Parquet: decode as needed, not once into the cache; skip what is corrupt"
+    )
+    buffer: PositiveInt = Field(default=16_384, description="stream: rows among which the order is shuffled")
+    lanes: PositiveInt | None = Field(
+        default=None, description="stream: parts that are read side by side; default: up to 64 that divide the batch"
+    )
+    workers: PositiveInt | None = Field(default=None, description="stream: threads that decode; default: one a core")
     held_out: Fraction = Field(default=0.02, description="share of rows kept for the held-out loss (at most 2,048)")
 
     @field_validator("size", mode="before")

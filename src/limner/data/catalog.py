@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from limner.data import folders, hub, tables, tars
 from limner.data.listing import METADATA, Listing, walk
 from limner.data.sources import Place, Problem, Source, Tell, refuse
-from limner.data.splits import choose_split, group_by_split
+from limner.data.splits import choose_split, group_by_split, grouped, split_of
+from limner.data.stream_files import expand, is_pattern, is_url
 from limner.data.text import printable, reason
 from limner.data.transforms import EXTENSIONS, PictureError, opened
 from limner.errors import LimnerError
@@ -47,13 +49,16 @@ def open_source(source: str, split: str | None = None, tell: Tell = refuse) -> S
 
 def find(source: str, tell: Tell = refuse) -> Catalog:
     """What `source` is: a folder (by class, flat, with metadata; of Parquet or tar files; saved by `datasets`), a
-    Parquet file, a WebDataset tar, a picture, or a data set on Hugging Face's hub as `owner/name[:configuration]`.
+    Parquet file, a WebDataset tar, a picture, a data set on Hugging Face's hub as `owner/name[:configuration]`, or tar
+    or Parquet files by pattern (`shards/{0000..0009}.tar`) or address (`s3://bucket/folder`).
 
     Raises LimnerError when it is none of these, or empty.
     """
     for prefix in _HUB_PREFIXES:
         if source.startswith(prefix):
             return Catalog(source, hub.hub_splits(source.removeprefix(prefix)))
+    if is_url(source):
+        return _files(source, tell)
     try:
         path = Path(source).expanduser()
         exists = path.exists()
@@ -61,9 +66,27 @@ def find(source: str, tell: Tell = refuse) -> Catalog:
         raise LimnerError(f"{printable(source)}: is not a path ({reason(error)})") from None
     if exists:
         return _folder(path, tell) if path.is_dir() else _file(path, tell)
+    if is_pattern(source):
+        return _files(str(path), tell)
     if _HUB_NAME.fullmatch(source) and not path.parent.exists() and path.suffix not in (".parquet", ".tar"):
         return Catalog(source, hub.hub_splits(source, missing_here=True))
     raise LimnerError(f"{printable(source)}: no such file or folder")
+
+
+def _files(pattern: str, tell: Tell) -> Catalog:
+    """Tar or Parquet files that a pattern or an address stands for."""
+    try:
+        files = expand(pattern)
+    except OSError as error:
+        raise LimnerError(f"{printable(pattern)}: cannot be read ({reason(error)})") from None
+    packed = {file.name.lower().endswith(".parquet") for file in files}
+    if len(packed) > 1:
+        raise LimnerError(f"{printable(pattern)}: stands for tar and Parquet files; it should be one sort")
+    splits = tables.parquet_splits if packed.pop() else tars.tar_splits
+    common = len(os.path.commonpath([str(file.parent).replace("://", ":") for file in files]))
+    names = (str(file).replace("://", ":")[common:].lstrip("/") for file in files)
+    groups = grouped((split_of(PurePath(name)), file) for name, file in zip(names, files, strict=True))
+    return Catalog(pattern, splits(pattern, groups, tell))
 
 
 def _file(path: Path, tell: Tell) -> Catalog:

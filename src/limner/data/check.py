@@ -18,7 +18,8 @@ from limner.data.catalog import find
 from limner.data.check_conditions import Overlays
 from limner.data.pixels import Progress, fetch, in_parallel
 from limner.data.roles import MISSING, image_role, label_role, read_labels, read_texts, text_role
-from limner.data.sources import Encoded, Place, Problem, Source
+from limner.data.sources import Encoded, Place, Problem, ShardSource, Source
+from limner.data.stream import MOST_CORRUPT
 from limner.data.text import printable
 from limner.errors import LimnerError
 
@@ -171,8 +172,18 @@ def check(
             tick = None if progress is None else lambda row, shift=shift: progress(shift + row, total)
             _look(report, part, image, seen, tick)
         done += len(part)
+    if all(isinstance(part, ShardSource) for part in opened):
+        report.notes += _skippable(report)
     report.duplicates += [_duplicate(rows, labels) for rows in seen.values() if len(rows) > 1]
     return report
+
+
+def _skippable(report: Report) -> list[str]:
+    """What a stream would make of the corrupt rows."""
+    rows, corrupt = sum(report.rows.values()), len(report.corrupt) + len(report.errors)
+    if not corrupt or corrupt > MOST_CORRUPT * rows:
+        return []
+    return [f"{corrupt:,} of {rows:,} rows ({corrupt / rows:.2%}): data.stream=true skips them, and up to 1%"]
 
 
 def _attempt(report: Report, work: Callable[[], Any]) -> Any:

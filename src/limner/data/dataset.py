@@ -23,6 +23,7 @@ from limner.data.conditions import RANDOM, Condition, Labels, Texts, by_kind, on
 from limner.data.overlays import SemanticMaps
 from limner.data.pixels import Pixels, Progress, View, decode_all
 from limner.data.roles import find_roles, read_labels, read_texts
+from limner.data.sources import Problem, refuse
 from limner.errors import LimnerError
 
 HELD_OUT_MOST = 2048
@@ -149,11 +150,16 @@ def prepare(
     """
     if config.source is None:
         raise LimnerError("data.source is not set; give a folder, Parquet, WebDataset tar or hub name")
-    source = open_source(config.source, config.split)
+    problems: list[Problem] = []
+    source = open_source(config.source, config.split, problems.append if config.stream else refuse)
     sections = by_kind(wants)
-    roles = find_roles(source, config, sections)
     if not len(source):
         raise LimnerError(f"{config.source}: split '{source.split}' has no rows")
+    if config.stream:
+        from limner.data.stream import streamed  # it builds on this module
+
+        return streamed(source, config, sections, problems, classes)
+    roles = find_roles(source, config, sections)
     conditions: dict[str, Condition] = {}
     if "label" in sections and roles.label is not None:
         conditions["label"] = Labels(*read_labels(source, roles.label, classes=classes))
@@ -163,7 +169,7 @@ def prepare(
     conditions |= on_pictures(source, roles, sections, config, pixels, progress)
     notes = [*source.notes, *(note for known in conditions.values() for note in getattr(known, "notes", ()))]
     train, held_out = split_rows(len(pixels), config.held_out)
-    digest = _digest(pixels, conditions)
+    digest = digest_of(pixels, conditions)
     return Dataset(pixels, conditions, digest, train, held_out, flip=config.flip, notes=tuple(notes))
 
 
@@ -180,7 +186,8 @@ def split_rows(rows: int, share: float) -> tuple[npt.NDArray[np.int64], npt.NDAr
     return order[count:], order[:count]
 
 
-def _digest(pixels: Pixels, conditions: dict[str, Condition]) -> str:
+def digest_of(pixels: Pixels, conditions: dict[str, Condition]) -> str:
+    """What names the contents of a data set."""
     digest = hashlib.blake2b(pixels.digest.encode(), digest_size=16)
     for name, condition in sorted(conditions.items()):
         digest.update(f"{name} {condition.fingerprint()}".encode("utf-8", "surrogatepass"))

@@ -6,16 +6,17 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from limner.data.stream_files import File, absolute, read_span, stamp
 from limner.data.text import printable
 from limner.errors import LimnerError
 
 Kind = Literal["image", "class", "text", "integer", "number", "other"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a row stands: a file, and in it a line (counted from 1), a row (counted from 0) or an archive's member."""
 
@@ -52,19 +53,17 @@ def refuse(problem: Problem) -> None:
     raise LimnerError(str(problem))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileSpan:
     """An encoded picture that lies in a file: the whole file, or `size` bytes from `offset`."""
 
-    path: Path
+    path: File
     offset: int = 0
     size: int | None = None
 
     def read(self) -> bytes:
         """The bytes. Raises OSError, and ValueError for a path that no system has."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read() if self.size is None else file.read(self.size)
+        return read_span(self.path, self.offset, self.size)
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Absent:
 Encoded = bytes | FileSpan | Absent
 
 
-def encoded(value: Any, folder: Path) -> Encoded:
+def encoded(value: Any, folder: File) -> Encoded:
     """The picture in a cell: bytes, `{bytes, path}`, or a path inside `folder`."""
     if isinstance(value, dict):
         data = value.get("bytes")
@@ -139,16 +138,31 @@ class Source(ABC):
         """Changes when the data does: a digest of files' paths, sizes and modification times."""
 
 
-def stat_digest(paths: Iterable[Path]) -> str:
+@dataclass
+class ShardSource(Source):
+    """Rows of files one after the other, any of whose pictures can be read by itself."""
+
+    files: list[File] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    """The row numbers at which the files end."""
+
+    @abstractmethod
+    def picture(self, column: str, row: int) -> Encoded:
+        """One row's encoded picture. Raises LimnerError where a whole file cannot be read."""
+
+    def runs(self) -> list[int]:
+        """The row numbers at which what is best read in one go ends."""
+        return self.ends
+
+    def fingerprint(self) -> str:
+        return stat_digest(self.files)
+
+
+def stat_digest(paths: Iterable[File]) -> str:
     """A digest of paths, sizes and modification times, in this order; a missing file counts as such."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
-        try:
-            stat = path.stat()
-            facts = f"{stat.st_size}\0{stat.st_mtime_ns}"
-        except OSError:
-            facts = "missing"
-        digest.update(f"{path.absolute()}\0{facts}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{absolute(path)}\0{stamp(path)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

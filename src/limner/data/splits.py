@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import TypeVar
 
+from limner.data.stream_files import File
 from limner.errors import LimnerError, suggest
 
 T = TypeVar("T")
@@ -39,11 +40,16 @@ def split_of(path: PurePath) -> str:
     return "train"
 
 
-def group_by_split(root: Path, files: Iterable[str]) -> dict[str, list[Path]]:
+def group_by_split(root: Path, files: Iterable[str]) -> dict[str, list[File]]:
     """Files of a folder by the split that their names tell, `train` first."""
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        groups.setdefault(split_of(PurePath(file)), []).append(root / file)
+    return grouped((split_of(PurePath(file)), root / file) for file in files)
+
+
+def grouped(files: Iterable[tuple[str, File]]) -> dict[str, list[File]]:
+    """Files by their split, `train` first."""
+    groups: dict[str, list[File]] = {}
+    for split, file in files:
+        groups.setdefault(split, []).append(file)
     return in_order(groups)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limner.data.sources import Absent, Column, Encoded, Kind, Place, Problem, Source, Tell, encoded, stat_digest
+from limner.data.sources import Absent, Column, Encoded, Kind, Place, Problem, ShardSource, Source, Tell, encoded
+from limner.data.stream_files import File, open_file
 from limner.data.text import reason
 from limner.errors import LimnerError
 
@@ -18,14 +22,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _BATCH = 256
+KEPT_BYTES = 1 << 29
+"""Encoded row groups that are kept, when pictures are asked for by row."""
 
 
 @dataclass
-class ParquetSource(Source):
-    """The rows of Parquet files, one file after the other; `ends` are the row numbers at which they end."""
+class ParquetSource(ShardSource):
+    """The rows of Parquet files. groups: by file, the rows of each row group, which is what can be read by itself."""
 
-    files: list[Path] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
+    groups: list[list[int]] = field(default_factory=list)
+    _kept: OrderedDict[tuple[int, int, str], pa.Array | None] = field(default_factory=OrderedDict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -51,16 +58,47 @@ class ParquetSource(Source):
     def values(self, column: str) -> list[Any]:
         return [value for path in self.files for values in _read(path, column) for value in values.to_pylist()]
 
-    def fingerprint(self) -> str:
-        return stat_digest(self.files)
+    def runs(self) -> list[int]:
+        return list(itertools.accumulate(rows for groups in self.groups for rows in groups if rows))
+
+    def picture(self, column: str, row: int) -> Encoded:
+        """From its row group, of which the last ones are kept."""
+        file = bisect.bisect_right(self.ends, row)
+        first = self.ends[file - 1] if file else 0
+        ends = list(itertools.accumulate(self.groups[file], initial=first))
+        group = bisect.bisect_right(ends, row) - 1
+        values = self._group(file, group, column)
+        return Absent("its row group is damaged") if values is None else encoded(
+            values[row - ends[group]].as_py(), self.files[file].parent)  # fmt: skip
+
+    def _group(self, file: int, group: int, column: str) -> pa.Array | None:
+        """A column of a row group; None where it is damaged."""
+        import pyarrow as pa
+
+        key = file, group, column
+        with self._lock:
+            if key not in self._kept:
+                try:
+                    with open_parquet(self.files[file]) as parquet:
+                        self._kept[key] = parquet.read_row_group(group, columns=[column]).column(0).combine_chunks()
+                except (pa.ArrowException, OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the file's
+                        raise LimnerError(f"{self.files[file]}: cannot be read ({reason(error)})") from None
+                    self._kept[key] = None
+                size = sum(kept.nbytes for kept in self._kept.values() if kept is not None)
+                while size > KEPT_BYTES and len(self._kept) > 1:
+                    _, oldest = self._kept.popitem(last=False)
+                    size -= 0 if oldest is None else oldest.nbytes
+            self._kept.move_to_end(key)
+            return self._kept[key]
 
 
-def parquet_splits(name: str, groups: dict[str, list[Path]], tell: Tell) -> dict[str, Callable[[], Source]]:
+def parquet_splits(name: str, groups: dict[str, list[File]], tell: Tell) -> dict[str, Callable[[], Source]]:
     """A source for each group of Parquet files."""
     return {split: partial(_source, name, split, files, tell) for split, files in groups.items()}
 
 
-def _source(name: str, split: str, files: list[Path], tell: Tell) -> ParquetSource:
+def _source(name: str, split: str, files: list[File], tell: Tell) -> ParquetSource:
     """Files that cannot be read, or have other columns than the first, are told and left out."""
     import pyarrow as pa
 
@@ -69,7 +107,8 @@ def _source(name: str, split: str, files: list[Path], tell: Tell) -> ParquetSour
     for path in files:
         try:
             with open_parquet(path) as parquet:
-                schema, count = parquet.schema_arrow, parquet.metadata.num_rows
+                schema, about = parquet.schema_arrow, parquet.metadata
+                groups = [about.row_group(index).num_rows for index in range(about.num_row_groups)]
         except (pa.ArrowException, OSError, ValueError) as error:
             tell(Problem(Place(str(path)), f"is not a Parquet file that can be read ({reason(error)})"))
             continue
@@ -79,11 +118,12 @@ def _source(name: str, split: str, files: list[Path], tell: Tell) -> ParquetSour
         if not columns:
             columns.update(arrow_columns(schema))
         source.files.append(path)
-        source.ends.append(len(source) + count)
+        source.groups.append(groups)
+        source.ends.append(len(source) + sum(groups))
     return source
 
 
-def _read(path: Path, column: str) -> Iterator[pa.Array]:
+def _read(path: File, column: str) -> Iterator[pa.Array]:
     """A column of a file, a few hundred rows at a time. Raises LimnerError."""
     import pyarrow as pa
 
@@ -95,11 +135,11 @@ def _read(path: Path, column: str) -> Iterator[pa.Array]:
         raise LimnerError(f"{path}: column '{column}' cannot be read ({reason(error)})") from None
 
 
-def open_parquet(path: Path) -> Any:
+def open_parquet(path: File) -> Any:
     """A `pyarrow.parquet.ParquetFile`."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path)
+    return pq.ParquetFile(path if isinstance(path, Path) else open_file(path))
 
 
 def arrow_columns(schema: pa.Schema) -> dict[str, Column]:

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from limner.data.sources import (
@@ -21,27 +20,31 @@ from limner.data.sources import (
     FileSpan,
     Place,
     Problem,
+    ShardSource,
     Source,
     Tell,
     kind_of,
-    stat_digest,
 )
+from limner.data.stream_files import File, open_file, size_of
 from limner.data.text import reason
 from limner.data.transforms import EXTENSIONS
 from limner.errors import LimnerError
 
 IMAGE = "image"
+VALUES = ("txt", "text", "caption", "cls", "json")
+
+Member = FileSpan | bytes
+"""Where a picture lies, or what a small member holds."""
 
 _TEXT_LIMIT = 1 << 20
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error)
 
 
 @dataclass
-class TarSource(Source):
+class TarSource(ShardSource):
     """Rows of tar files. Columns: `image` (the first picture), each further suffix (`txt`, `cls`, `seg.png`), and
     the keys of the `json` member."""
 
-    files: list[Path]
     places: list[Place] = field(default_factory=list)
     spans: dict[str, list[FileSpan | None]] = field(default_factory=dict)
     table: dict[str, list[Any]] = field(default_factory=dict)
@@ -57,26 +60,28 @@ class TarSource(Source):
             raise LimnerError(f"{self.name}: column '{column}' holds no pictures")
         yield from (Absent() if span is None else span for span in self.spans[column])
 
+    def picture(self, column: str, row: int) -> Encoded:
+        return self.spans[column][row] or Absent()
+
     def values(self, column: str) -> list[Any]:
         return self.table[column]
 
-    def fingerprint(self) -> str:
-        return stat_digest(self.files)
 
-
-def tar_splits(name: str, groups: dict[str, list[Path]], tell: Tell) -> dict[str, Callable[[], Source]]:
+def tar_splits(name: str, groups: dict[str, list[File]], tell: Tell) -> dict[str, Callable[[], Source]]:
     """A source for each group of tar files."""
     return {split: partial(_source, name, split, files, tell) for split, files in groups.items()}
 
 
-def _source(name: str, split: str, files: list[Path], tell: Tell) -> TarSource:
+def _source(name: str, split: str, files: list[File], tell: Tell) -> TarSource:
     rows: list[tuple[Place, dict[str, FileSpan], dict[str, Any]]] = []
+    ends = []
     for file in files:
         for key, members in _samples(file, tell).items():
             place = Place(str(file), member=key)
             pictures, values = _sorted(members, place, tell)
             rows.append((place, pictures, values))
-    source = TarSource(name, split, {}, files=files, places=[place for place, _, _ in rows])
+        ends.append(len(rows))
+    source = TarSource(name, split, {}, files=files, places=[place for place, _, _ in rows], ends=ends)
     for column in {key: None for _, pictures, _ in rows for key in pictures}:
         source.spans[column] = [pictures.get(column) for _, pictures, _ in rows]
         source.columns[column] = Column(column, "image")
@@ -86,12 +91,13 @@ def _source(name: str, split: str, files: list[Path], tell: Tell) -> TarSource:
     return source
 
 
-def _samples(path: Path, tell: Tell) -> dict[str, dict[str, FileSpan]]:
-    """Members by sample and suffix. A damaged or truncated archive is told; what stands before the damage is kept."""
-    samples: dict[str, dict[str, FileSpan]] = {}
+def _samples(path: File, tell: Tell) -> dict[str, dict[str, Member]]:
+    """Members by sample and suffix; those that hold values are read on the way, so that an archive that lies elsewhere
+    is gone through once. A damaged or truncated archive is told; what stands before the damage is kept."""
+    samples: dict[str, dict[str, Member]] = {}
     try:
-        length = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:
+        length = size_of(path)
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if not member.isreg() or member.sparse is not None:
                     continue
@@ -103,33 +109,39 @@ def _samples(path: Path, tell: Tell) -> dict[str, dict[str, FileSpan]]:
                 if span.offset + member.size > length:
                     tell(Problem(Place(str(path), member=member.name), "is cut off: the tar file is truncated"))
                     break
-                samples.setdefault(folder + slash + stem, {})[suffix.lower()] = span
+                small = suffix.lower() in VALUES and member.size <= _TEXT_LIMIT
+                if small:
+                    file.seek(member.offset_data)  # the archive seeks for itself
+                content = file.read(member.size) if small else span
+                samples.setdefault(folder + slash + stem, {})[suffix.lower()] = content
     except _TAR_ERRORS as error:
         tell(Problem(Place(str(path)), f"is not a tar file that can be read to its end ({reason(error)})"))
     return samples
 
 
-def _sorted(members: dict[str, FileSpan], place: Place, tell: Tell) -> tuple[dict[str, FileSpan], dict[str, Any]]:
+def _sorted(members: dict[str, Member], place: Place, tell: Tell) -> tuple[dict[str, FileSpan], dict[str, Any]]:
     """The pictures and the values of a sample."""
     pictures: dict[str, FileSpan] = {}
     values: dict[str, Any] = {}
-    for suffix, span in members.items():
-        if f".{suffix}" in EXTENSIONS and IMAGE not in pictures:
-            pictures[IMAGE] = span
+    for suffix, member in members.items():
+        if suffix in VALUES:
+            values |= _value(suffix, member, place, tell)
+        elif isinstance(member, bytes):
+            continue
+        elif f".{suffix}" in EXTENSIONS and IMAGE not in pictures:
+            pictures[IMAGE] = member
         elif f".{suffix.rpartition('.')[2]}" in EXTENSIONS:
-            pictures[suffix] = span
-        elif suffix in ("txt", "text", "caption", "cls", "json"):
-            values |= _value(suffix, span, place, tell)
+            pictures[suffix] = member
     return pictures, values
 
 
-def _value(suffix: str, span: FileSpan, place: Place, tell: Tell) -> dict[str, Any]:
+def _value(suffix: str, member: Member, place: Place, tell: Tell) -> dict[str, Any]:
     problem = None
     try:
-        if (span.size or 0) > _TEXT_LIMIT:
+        if not isinstance(member, bytes):
             problem = f"its .{suffix} is larger than 1 MiB"
         else:
-            text = span.read().decode("utf-8-sig").strip()
+            text = member.decode("utf-8-sig").strip()
             if suffix == "json":
                 value = json.loads(text)
                 if isinstance(value, dict):
@@ -139,7 +151,7 @@ def _value(suffix: str, span: FileSpan, place: Place, tell: Tell) -> dict[str, A
                 return {suffix: int(text) if text.removeprefix("-").isdecimal() and len(text) < 18 else text}
             else:
                 return {suffix: text}
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         problem = f"its .{suffix} cannot be read ({reason(error)})"
     tell(Problem(place, problem))
     return {}

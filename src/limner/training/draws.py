@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -98,11 +98,50 @@ def rows_at(positions: range, rows: int, seed: int) -> npt.NDArray[np.int64]:
     return np.array([epoch_order(rows, seed, p // rows)[p % rows] for p in positions], dtype=np.int64)
 
 
+class Order(Protocol):
+    """Which rows the steps take. corrupt: rows found to be of no use so far, None where that would be an error."""
+
+    @property
+    def corrupt(self) -> int | None: ...
+
+    def rows(self, part: Part) -> npt.NDArray[np.int64]:
+        """The rows of a part; the parts of one process are asked for in their order."""
+        ...
+
+    def place(self, images: int, add_up: Callable[[Tensor], Tensor]) -> Any:
+        """What `restore` needs to go on after `images`, as JSON; None where the number of images says it all. Every
+        process calls it; `add_up` adds a tensor up over them."""
+        ...
+
+    def restore(self, images: int, place: Any) -> None:
+        """Go on after `images`, from what a checkpoint holds of `place`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """A new shuffle of the training rows every epoch, a function of the images seen."""
+
+    train: npt.NDArray[np.int64]
+    seed: int
+    corrupt: None = None
+
+    def rows(self, part: Part) -> npt.NDArray[np.int64]:
+        return self.train[rows_at(part.positions, len(self.train), self.seed)]
+
+    def place(self, images: int, add_up: Callable[[Tensor], Tensor]) -> None:
+        return None
+
+    def restore(self, images: int, place: Any) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Batches:
     """The micro-batches of each step that belong to this process.
 
-    batch: rows of a whole step, over all processes and micro-batches. Raises LimnerError where they don't divide it.
+    batch: rows of a whole step, over all processes and micro-batches. order: which rows; default: `Shuffled`.
+    Raises LimnerError where processes and micro-batches don't divide the batch.
     """
 
     data: Source
@@ -111,6 +150,7 @@ class Batches:
     accumulate: int = 1
     process: int = 0
     processes: int = 1
+    order: Order = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
         parts = self.accumulate * self.processes
@@ -121,6 +161,8 @@ class Batches:
             )
         if not len(self.data.train):
             raise LimnerError("the data set: has no rows to train on")
+        if self.order is None:
+            object.__setattr__(self, "order", Shuffled(self.data.train, self.seed))
 
     def parts(self, images: int) -> list[Part]:
         """This process's share of the step that begins at `images`."""
@@ -133,7 +175,7 @@ class Batches:
         """The micro-batches of the step that begins at `images`; `part` in each says which rows they are."""
         loaded = []
         for part in self.parts(images):
-            rows = self.data.train[rows_at(part.positions, len(self.data.train), self.seed)]
+            rows = self.order.rows(part)
             loaded.append(self.data.batch(rows, PartGenerator(self.seed, part)) | {"part": part})
         return loaded
 

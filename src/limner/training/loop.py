@@ -36,11 +36,12 @@ from limner.training.devices import (
     wait_for_processes,
     wants_compile,
 )
-from limner.training.draws import Batches, Source, seed_of
+from limner.training.draws import Batches, Order, Source, seed_of
 from limner.training.ema import EMA
 from limner.training.optimizers import Optimizer
 from limner.training.progress import Display, MetricsFile, duration
 from limner.training.signals import StopRequest
+from limner.training.stream import order_of
 from limner.training.task import Means, Task, to_device
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -86,14 +87,14 @@ def train(
     out, settings = Path(out), config.training
     claim(out, resume)
     accelerator = accelerator_for(config, out)
-    batches = Batches(
-        data, settings.seed, settings.batch, settings.accumulate, accelerator.process_index, accelerator.num_processes
-    )
+    process, processes = accelerator.process_index, accelerator.num_processes
+    order = order_of(data, config, out, process, processes)
+    batches = Batches(data, settings.seed, settings.batch, settings.accumulate, process, processes, order)
     clock = Clock(
         0, settings.images, settings.budget_s, spent_s, time.monotonic() if started_at is None else started_at
     )
     with StopRequest() as stop, Display(config.task, console, silent=not accelerator.is_main_process) as display:
-        training = Training(task, data, config, out, clock, accelerator, display)
+        training = Training(task, data, config, out, clock, accelerator, display, order)
         training.open(resume)
         reason = training.agree(stop)
         if reason is None:
@@ -110,9 +111,10 @@ class Training:
     """The state of a training under way, and what is done with it."""
 
     def __init__(self, task: Task, data: Source, config: RunConfig, out: Path, clock: Clock, accelerator: Accelerator,
-                 display: Display) -> None:  # fmt: skip
+                 display: Display, order: Order) -> None:  # fmt: skip
         self.task, self.data, self.config, self.settings = task, data, config, config.training
         self.out, self.clock, self.accelerator, self.display = out, clock, accelerator, display
+        self.order, self.place = order, None
         self.device, self.main = accelerator.device, accelerator.is_main_process
         tune(self.device)
         for module in task.modules.values():
@@ -227,6 +229,8 @@ class Training:
         improved, telling = False, due["log"] or due["held_out"] or due["preview"]
         if telling:
             self.share_means()
+        if telling or due["checkpoint"]:
+            self.share_place()
         if not self.main:
             return
         if telling:
@@ -242,6 +246,13 @@ class Training:
         if not self.main:
             self.means = Means()
 
+    def share_place(self) -> None:
+        """Where the data's order is; each process knows its own part of a stream."""
+        alone = self.accelerator.num_processes == 1
+        add_up = (lambda own: own) if alone else (
+            lambda own: sum_over_processes(self.accelerator, own.to(self.device)))  # fmt: skip
+        self.place = self.order.place(self.clock.images, add_up)
+
     def log(self, *, held_out: bool, pictures: bool) -> bool:
         """A line of metrics, with held-out figures and previews where they are due. Returns whether the held-out
         figure is the best so far."""
@@ -250,6 +261,7 @@ class Training:
         rate = (images - self.logged_images) / max(seconds - self.logged_at, 1e-9)
         line: dict[str, Any] = {"images": images, "seconds": round(seconds, 2), **self.means.read()}
         line |= {"lr": self.lr_share * self.settings.lr, "images_per_s": round(rate, 2), "skipped": int(self.skipped)}
+        line |= {} if self.order.corrupt is None else {"corrupt": self.order.corrupt}
         with torch.no_grad(), autocast(self.settings.precision, self.device):
             if held_out:
                 line |= self.task.held_out(self.ema.module, self.data)
@@ -310,6 +322,7 @@ class Training:
             "seconds": self.clock.elapsed_s,
             "seed": self.settings.seed,
             "data": self.data.digest,
+            "place": self.place,
             "skipped": int(self.skipped),
             "held_out": figure if at == self.clock.images else None,
             "best": self.best,
@@ -364,6 +377,7 @@ class Training:
         state = found.state
         self.clock.images = self.logged_images = found.images
         self.clock.spent_s = state["seconds"]
+        self.order.restore(found.images, state.get("place"))
         self.skipped.fill_(state["skipped"])
         self.held_out = (found.images, state["held_out"]) if state["held_out"] is not None else (-1, None)
         self.best, self.rounds_since_best = state["best"], state["rounds_since_best"]
@@ -377,6 +391,7 @@ class Training:
         if not self.clock.images and not hurry:
             raise LimnerError(f"{self.out}: the budget was spent before the first step; give a longer --budget")
         self.share_means()
+        self.share_place()
         if self.main and self.sitting_steps:
             self.log(held_out=not hurry, pictures=not hurry)
             self.save()
