@@ -19,10 +19,11 @@ from limner.errors import LimnerError
 from limner.training import devices
 from limner.training.clock import Clock, learning_rate
 from limner.training.devices import wants_compile
-from limner.training.draws import Batches, Part, rows_at, seed_of
+from limner.training.draws import Batches, Part, Shuffled, balanced, rows_at, seed_of
 from limner.training.progress import Display, MetricsFile, duration
+from limner.training.stream import order_of
 from limner.training.task import Means, band_names, by_band, total
-from tiny_training import Pictures
+from tiny_training import Pictures, recipe
 
 
 @settings(max_examples=30, deadline=None)
@@ -33,6 +34,25 @@ def test_every_row_comes_once_an_epoch_in_another_order(rows: int, epoch: int, s
     assert sorted(here) == sorted(after) == list(range(rows))
     if rows > 12:
         assert list(here) != list(after)
+
+
+def test_rare_classes_come_more_often_as_far_as_asked() -> None:
+    labels = np.repeat([0, 1, 2], [80, 20, 5])
+    rows = np.arange(1, 105)
+    half, whole = (np.bincount(labels[balanced(rows, labels, share)]) for share in (0.5, 1.0))
+    assert half.tolist() == [79, 2 * 20, 4 * 5]
+    assert whole.tolist() == [79, 4 * 20, 16 * 5]
+    assert set(balanced(rows, labels, 1.0)) == set(rows)
+
+
+def test_balance_needs_classes(tmp_path: Path) -> None:
+    made, data = recipe(balance=1.0), Pictures()
+    order = order_of(data, made, tmp_path)
+    assert isinstance(order, Shuffled)
+    assert len(order.train) == len(data.train)  # as many of each class already
+    data.labels = None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(LimnerError, match="needs the label among the conditions"):
+        order_of(data, made, tmp_path)
 
 
 @pytest.mark.parametrize(("accumulate", "processes"), [(1, 1), (4, 1), (1, 2), (2, 2)])

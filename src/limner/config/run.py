@@ -90,6 +90,9 @@ class TrainingConfig(Section):
     times: Literal["uniform", "logit_normal", "log_uniform"] = Field(
         default="uniform", description="stratified over the batch; log_uniform dwells on little noise (classifiers)"
     )
+    balance: Fraction = Field(
+        default=0.0, description="0: every row once an epoch; 1: rows of rare classes so often that classes come alike"
+    )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     seed: int = 0

@@ -98,6 +98,16 @@ def rows_at(positions: range, rows: int, seed: int) -> npt.NDArray[np.int64]:
     return np.array([epoch_order(rows, seed, p // rows)[p % rows] for p in positions], dtype=np.int64)
 
 
+def balanced(rows: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.int64]:
+    """The rows of rare classes several times: about (count of the commonest class / count of its own) ** share.
+
+    rows: (N,) row numbers; labels: the class of every row of the data set; share: 0 to 1.
+    """
+    own = labels[rows]
+    counts = np.bincount(own)
+    return np.repeat(rows, np.rint((counts.max() / counts[own]) ** share).astype(np.int64))
+
+
 class Order(Protocol):
     """Which rows the steps take. corrupt: rows found to be of no use so far, None where that would be an error."""
 

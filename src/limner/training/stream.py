@@ -19,7 +19,7 @@ from limner.data.sources import Problem
 from limner.data.stream import StreamDataset, refuse_many
 from limner.data.stream_order import Plan, blocks_of, lanes_for
 from limner.errors import LimnerError
-from limner.training.draws import Order, Part, Shuffled, Source
+from limner.training.draws import Order, Part, Shuffled, Source, balanced
 
 CORRUPT = "corrupt.jsonl"
 """In the run's directory: a line for each row that was skipped."""
@@ -27,9 +27,17 @@ _REMEMBERED = 4
 
 
 def order_of(data: Source, config: RunConfig, out: Path, process: int = 0, processes: int = 1) -> Order:
-    """How a data set is gone through: shuffled as a whole, or as a stream. Raises LimnerError as `StreamOrder`."""
+    """How a data set is gone through: shuffled as a whole, or as a stream. Raises LimnerError as `StreamOrder`, and
+    where classes are to be balanced that the data doesn't have, or that come from a stream."""
+    share = config.training.balance
     if not isinstance(data, StreamDataset):
-        return Shuffled(data.train, config.training.seed)
+        labels = getattr(data, "labels", None)
+        if share and labels is None:
+            raise LimnerError("training.balance: needs the label among the conditions; this model is told of none")
+        train = balanced(data.train, labels, share) if share and labels is not None else data.train
+        return Shuffled(train, config.training.seed)
+    if share:
+        raise LimnerError("training.balance: a stream has every row once an epoch; leave it 0, or data.stream off")
     return StreamOrder(data, config, CorruptRows(data, out / CORRUPT, writes=process == 0), processes)
 
 
