@@ -11,7 +11,12 @@ import diffusers
 import torch
 import transformers
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from limner import build
+from limner import config as c
+from limner.generator import Generator
 
 M = TypeVar("M", bound=nn.Module)
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -122,3 +127,34 @@ def latent_diffusion(folder: Path, *, heads: int = 2, head_dim: int = 8,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+# --- runs of Limner --------------------------------------------------------------------------------------------------
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run_of(raw: dict[str, Any], folder: Path, captions: list[str] | None = None) -> Path:
+    """A run of a recipe, with random weights, and a vocabulary learnt from the captions."""
+    recipe = c.parse({**raw, "training": {"precision": "fp32"}}, "recipe")
+    model = random_weights(build.model(recipe))
+    if model.autoencoder is not None:
+        channels = len(model.autoencoder.latent_mean)
+        model.autoencoder.latent_mean = noise(channels)
+        model.autoencoder.latent_std = 0.5 + noise(channels, seed=1).abs()
+    if model.conditioner is not None and captions is not None:
+        model.conditioner.learn({"text": captions})
+    folder.mkdir()
+    c.dump(recipe, folder / "config.yaml")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def raw_network(gen: Generator, x: Tensor, step: Tensor, **cond: Any) -> Tensor:
+    """The network at DDPM steps, at the same times where the schedule is continuous."""
+    if gen.schedule.steps is not None:
+        return gen.raw(x, step, **cond)
+    with torch.no_grad():
+        return gen.model.raw(x, (step + 1) / 1000, gen.embed(len(x), **cond))

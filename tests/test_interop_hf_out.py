@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hf_networks as hf
 import limner
-from limner import build
+from hf_networks import noise, raw_network, run_of
 from limner import config as c
 from limner.api import convert
 from limner.errors import LimnerError
@@ -22,10 +22,6 @@ from limner.interop.conversion import read_run
 
 STEP = torch.tensor([3, 900])
 LABEL = torch.tensor([0, 2])
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def alike(mine: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
@@ -38,28 +34,6 @@ def load(path: Path) -> Generator:
     loaded = limner.load(path)
     assert isinstance(loaded, Generator)
     return loaded
-
-
-def run_of(raw: dict[str, Any], folder: Path) -> Path:
-    """A run of a recipe, with random weights."""
-    recipe = c.parse({**raw, "training": {"precision": "fp32"}}, "recipe")
-    model = hf.random_weights(build.model(recipe))
-    if model.autoencoder is not None:
-        channels = len(model.autoencoder.latent_mean)
-        model.autoencoder.latent_mean = noise(channels)
-        model.autoencoder.latent_std = 0.5 + noise(channels, seed=1).abs()
-    folder.mkdir()
-    c.dump(recipe, folder / "config.yaml")
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return folder
-
-
-def raw_network(gen: Generator, x: Tensor, step: Tensor, **cond: Any) -> Tensor:
-    """The network at DDPM steps, at the same times where the schedule is continuous."""
-    if gen.schedule.steps is not None:
-        return gen.raw(x, step, **cond)
-    with torch.no_grad():
-        return gen.model.raw(x, (step + 1) / 1000, gen.embed(len(x), **cond))
 
 
 PIXELS: dict[str, Any] = {
@@ -219,52 +193,7 @@ def test_old_files_of_a_tokenizer_are_written_too(tmp_path: Path) -> None:
         assert torch.equal(again.embed(text=text).tokens, load(tmp_path / f"in{number}").embed(text=text).tokens)
 
 
-# --- presets, refusals, cards -----------------------------------------------------------------------------------------
-
-
-def preset(name: str) -> dict[str, Any]:
-    raw = build.preset(name)
-    raw["data"] = {**raw.get("data", {}), "size": raw.get("data", {}).get("size", [64, 64])}
-    for section in raw.get("conditions", ()):
-        if section["kind"] in ("semantic_map", "boxes"):
-            section.setdefault("classes", ["a", "b"])
-    return {**raw, "classes": ["a", "b"]}
-
-
-def said_in_refusal(run: Path, out: Path) -> str | None:
-    """Why a run cannot go to diffusers, or None where it did."""
-    try:
-        convert(run, out, to="diffusers")
-    except LimnerError as error:
-        return str(error)
-    return None
-
-
-LACKS = {
-    "autoencoder": "autoencoder.patch 2",
-    "cifar10": "model.patch 2",
-    "cifar10-classifier": "task classifier",
-    "cifar10-uncond": "model.patch 2",
-    "emoji": "model.patch 4",
-    "emoji-text": "model.resample block",
-}
-
-
-SMALL = [name for name in build.preset_names() if not name.startswith(("imagenet", "text256"))]
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_presets_come_back_or_say_what_cannot(tmp_path: Path, name: str) -> None:
-    run = run_of(preset(name), tmp_path / "run")
-    said = said_in_refusal(run, tmp_path / "out")
-    if said is not None:
-        assert said.startswith(LACKS.get(name, ""))
-        assert said.endswith("; to diffusers it cannot go")
-        assert not (tmp_path / "out").exists()
-        return
-    mine, back = load(run), load(tmp_path / "out")
-    x = noise(2, *mine.shape)
-    alike(back.raw(x, STEP), raw_network(mine, x, STEP))
+# --- refusals, cards --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -195,11 +195,15 @@ def _text(written: Written, section: c.TextCondition, state: Mapping[str, Tensor
     family = "clip" if encoder.causal else "bert"
     heads = encoder.heads or max(1, encoder.width // encoder.head_dim)
     lacking = {
-        "pooled": (section.pooled, "diffusers' pipelines give the U-Net tokens alone"),
-        "null learned": (section.null == "learned", "diffusers' pipelines take the empty caption for none"),
-        "encoder.masked": (encoder.masked, "diffusers' pipelines attend to padding"),
+        "pooled": (section.pooled, "diffusers' pipelines give the U-Net tokens alone; train with pooled=false"),
+        "null learned": (
+            section.null == "learned", "diffusers' pipelines take the empty caption for none; train with null=empty"
+        ),
+        "encoder.masked": (encoder.masked, "diffusers' pipelines attend to padding; train with masked=false"),
         "encoder.bias": (encoder.bias != encoder.causal, f"{TEXT_CLASSES[family]} has it otherwise"),
-        f"encoder.length {encoder.length}": (family == "bert" and encoder.length != 77, "its pipeline takes 77 tokens"),
+        f"encoder.length {encoder.length}": (
+            family == "bert" and encoder.length != 77, "its pipeline takes 77 tokens; train with length=77"
+        ),
         f"encoder.head_dim {encoder.head_dim}": (
             family == "clip" and heads * encoder.head_dim != encoder.width, "CLIP's heads divide its width"
         ),
@@ -215,8 +219,9 @@ def _text(written: Written, section: c.TextCondition, state: Mapping[str, Tensor
     library = "transformers" if family == "clip" else "latent_diffusion"
     settings = hf_text.settings(encoder, heads, TEXT_CLASSES[family], tokenizer)
     _add(written, name, library, TEXT_CLASSES[family], settings, weights)
-    written.components["tokenizer"] = ("transformers", "CLIPTokenizer" if family == "clip" else "BertTokenizer")
-    written.tokenizer = (family, tokenizer, encoder.length)
+    kind = hf_text.tokenizer_class(tokenizer)
+    written.components["tokenizer"] = ("transformers", kind)
+    written.tokenizer = (kind, tokenizer, encoder.length)
     return family
 
 

@@ -128,7 +128,8 @@ def _head_dim(model: c.UNetConfig) -> int | None:
     if len(dims) > 1 or any(channels % dim for channels in wide for dim in dims):
         said = " and ".join(str(channels // _heads(model, channels)) for channels in sorted(wide))
         part = "heads" if model.heads else "head_dim"
-        raise refuse(f"model.{part}", f"heads of {said} channels; diffusers has one width at all levels")
+        raise refuse(f"model.{part}", f"heads of {said} channels; diffusers has one width at all levels; train with "
+                     f"model.head_dim={math.gcd(*wide)}")  # fmt: skip
     return dims.pop()
 
 

@@ -191,28 +191,41 @@ def _words(tokenizer: str) -> dict[str, int]:
     return {**raw["model"]["vocab"], **{token["content"]: token["id"] for token in raw.get("added_tokens", [])}}
 
 
-def write_tokenizer(folder: Path, family: str, tokenizer: str, length: int) -> None:
-    """A tokenizer as transformers reads it: whole in one file, and in the files of older versions."""
+def tokenizer_class(tokenizer: str) -> str:
+    """Whose a tokenizer's JSON is, for transformers: CLIP's words end in `</w>`, BERT's are pieces; a vocabulary that
+    Limner learnt is none of them."""
+    model = json.loads(tokenizer)["model"]
+    if model.get("type") == "WordPiece":
+        return "BertTokenizer"
+    return "CLIPTokenizer" if model.get("end_of_word_suffix") == "</w>" else "PreTrainedTokenizerFast"
+
+
+def write_tokenizer(folder: Path, kind: str, tokenizer: str, length: int) -> None:
+    """A tokenizer as transformers' class `kind` reads it: whole in one file, and in the files of older versions."""
     folder.mkdir()
     raw = json.loads(tokenizer)
-    pad = (raw.get("padding") or {}).get("pad_token", "[PAD]")
-    raw |= {"padding": None, "truncation": None}
     words = sorted(_words(tokenizer).items(), key=lambda word: word[1])
+    pad = (raw.get("padding") or {}).get("pad_token", words[0][0])  # without one, `Vocabulary` pads with token 0
+    raw |= {"padding": None, "truncation": None}
     contents: dict[str, str] = {"tokenizer.json": json.dumps(raw, ensure_ascii=False)}
-    if family == "clip":
+    named: dict[str, Any] = {}
+    if kind == "CLIPTokenizer":
         start, end = CLIP_MARKS
         special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in raw["model"]["merges"]]
         contents["vocab.json"] = json.dumps(dict(words), ensure_ascii=False)
         contents["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
-        kind: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer"}
-    else:
+    elif kind == "BertTokenizer":
         marks = {"unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
         special = {"pad_token": pad, **marks}
         contents["vocab.txt"] = "\n".join(word for word, _ in words)
         lowercase = (raw.get("normalizer") or {}).get("lowercase", True)
-        kind = {"tokenizer_class": "BertTokenizer", "do_lower_case": lowercase}
+        named["do_lower_case"] = lowercase
+    else:
+        special = {"pad_token": pad}
     contents["special_tokens_map.json"] = json.dumps(special)
-    contents["tokenizer_config.json"] = json.dumps({**kind, "model_max_length": length, **special})
+    contents["tokenizer_config.json"] = json.dumps(
+        {"tokenizer_class": kind, **named, "model_max_length": length, **special}
+    )
     for name, content in contents.items():
         (folder / name).write_text(content, encoding="utf-8")
