@@ -203,7 +203,8 @@ def test_the_unconditional_half_is_computed_every_so_many_steps():
 
 
 def test_what_guidance_remembers_is_forgotten_by_another_drawing():
-    reused, each = guidance.classifier_free(MIXTURE.denoise, 3.0, every=9), guidance.classifier_free(MIXTURE.denoise, 3.0)
+    reused = guidance.classifier_free(MIXTURE.denoise, 3.0, every=9)
+    each = guidance.classifier_free(MIXTURE.denoise, 3.0)
     reused(NOISE, at(0.5), 1)
     for x, t in ((NOISE, 0.9), (NOISE[:2], 0.4)):
         assert torch.equal(reused(x, at(t), 1).x0, each(x, at(t), 1).x0)
@@ -223,8 +224,8 @@ def test_rounds_share_the_budget():
     assert [(r.name, r.steps, r.teacher_steps) for r in found] == [
         ("guidance", None, 32), ("8-steps", 8, 32), ("4-steps", 4, 8), ("2-steps", 2, 4)]  # fmt: skip
     assert [r.share for r in found] == pytest.approx([0.4, 0.2, 0.2, 0.2])
-    assert [(r.name, r.share) for r in rounds.rounds(section(steps=1, first_steps=1, teacher_steps=16))] == [("1-step", 1)]
-    assert [(r.name, r.share) for r in rounds.rounds(section(guidance=(1, 4), steps=None))] == [("guidance", 1)]
+    for alone, name in (({"steps": 1, "first_steps": 1}, "1-step"), ({"guidance": (1, 4), "steps": None}, "guidance")):
+        assert [(r.name, r.share) for r in rounds.rounds(section(**alone))] == [(name, 1)]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,9 @@ def test_what_a_student_does_not_know_is_refused(shop, options, words):
 def refusal(capsys, arguments):
     capsys.readouterr()
     code, said = run(arguments), capsys.readouterr().err
-    assert code == 2 and said.startswith("limner: ") and said.count("\n") == 1, said
+    assert code == 2, said
+    assert said.startswith("limner: ")
+    assert said.count("\n") == 1, said
     return said
 
 
@@ -375,16 +378,15 @@ def test_what_cannot_be_distilled_is_said_in_a_line(shop, tmp_path, capsys):
         ([*task, "--teacher", plain, "--out", plain, "--images", "16"], "holds a run already"),
         ([*task, "--teacher", plain, "--set", "training.lora=4", *to], "a student is trained whole"),
         (["train", str(shop.data), "--init", str(shop.folder / "student"), *to], "was distilled"),
-        ([*distil(shop, "no", "student"), "--images", "16", "--set", "distillation.guidance=[1, 7]"], "for guidance 1 to 3"),
+        ([*distil(shop, "no", "student"), "--set", "distillation.guidance=[1, 7]", *to], "for guidance 1 to 3"),
     ):
         assert words in refusal(capsys, arguments)
     assert not (tmp_path / "no").exists()
 
 
-def test_an_epsilon_teacher_needs_a_student_of_another_prediction(shop, tmp_path, capsys):
-    teacher = tmp_path / "epsilon"
-    assert shop.train(teacher, "--set", "process.prediction=epsilon") == 0
-    own = ["train", "--task", "distill", "--teacher", str(teacher), "--out", str(tmp_path / "s"), "--images", "8", *SHORT]
+def test_an_epsilon_teacher_needs_a_student_of_another_prediction(shop, capsys):
+    assert shop.train(shop.folder / "epsilon", "--set", "process.prediction=epsilon") == 0
+    own = [*distil(shop, "v", "epsilon"), "--images", "8", *SHORT]
     assert "--set process.prediction=v_prediction" in refusal(capsys, own)
     assert run([*own, "--set", "process.prediction=v_prediction"]) == 0
 
@@ -394,14 +396,16 @@ def test_an_unconditional_student_learns_steps_alone(shop, tmp_path):
     own = ["train", "--task", "distill", "--teacher", str(tmp_path / "plain"), "--out", str(tmp_path / "s")]
     assert run([*own, "--images", "8", *SHORT]) == 0
     student = limner.load(tmp_path / "s")
-    assert student.guidance_range is None and not student.config.model.guided
+    assert student.guidance_range is None
+    assert not student.config.model.guided
     assert student.sample(num=2, output="array").shape == (2, 8, 8, 3)
 
 
 def test_diffusers_is_told_no_student():
     from limner.interop import hf_settings
 
-    recipe = config.parse({"data": {"size": 8}, "model": {"kind": "unet", "levels": [{"channels": 8}], "guided": True}}, "t")
+    network = {"kind": "unet", "levels": [{"channels": 8}], "guided": True}
+    recipe = config.parse({"data": {"size": 8}, "model": network}, "test")
     assert build.model(recipe).network.time.guidance is not None
-    with pytest.raises(LimnerError, match="model.guided"):
+    with pytest.raises(LimnerError, match=r"model\.guided"):
         hf_settings.unet(recipe)

@@ -72,6 +72,9 @@ def sample(
     composition: Annotated[
         str | None, typer.Option(help="How scales by condition add up: chain (each given those before) or sum.")
     ] = None,
+    guidance_every: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="Compute guidance's unconditional half every K steps alone.")
+    ] = None,
     consistent: Annotated[
         bool, typer.Option("--consistent", help="Enlarged pictures agree with the small ones, pixel by pixel.")
     ] = False,
@@ -149,6 +152,7 @@ def sample(
     chosen = {
         "guidance": given.guidance_of(guidance),
         "composition": composition,
+        "guidance_every": guidance_every,
         "consistent": consistent or None,
         "interval": None if interval is None else _interval(interval),
         "rescale": rescale,
