@@ -270,7 +270,6 @@ def test_tiny_autoencoders_are_refused(tmp_path: Path) -> None:
     ("file", "change", "said"),
     [
         ("model_index.json", {"text_encoder_2": ["transformers", "T5EncoderModel"]}, "text_encoder_2: T5EncoderModel"),
-        ("model_index.json", {"text_encoder": [None, None]}, "cross-attention without a text encoder"),
         ("model_index.json", {"vae": [None, None], "tokenizer": [None, None]}, ""),
         ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscre"),
         (
@@ -294,6 +293,30 @@ def test_parts_of_pipelines_without_a_counterpart_are_named(
         assert said in refusal(folder)
     else:  # a U-Net of four channels without an autoencoder draws pictures of four, from tokens
         assert "give tokens" in load(folder).notes[0]
+
+
+@pytest.mark.parametrize("part", ["unet", "unet/diffusion_pytorch_model.safetensors", ""])
+def test_a_network_without_its_text_encoder_takes_its_output(sd: Path, tmp_path: Path, part: str) -> None:
+    """The U-Net's folder, its file, or a pipeline whose encoder is left out: drawn from what encode_prompt gives."""
+    folder = tmp_path / "sd"
+    shutil.copytree(sd, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": [None, None]}))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(sd)
+    pipeline.set_progress_bar_config(disable=True)
+    mine, x = load(folder / part), noise(2, 4, 8, 8)
+    assert "without a text encoder" in mine.notes[0]
+    told, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+    alike(mine.raw(x, STEP, text=told), pipeline.unet(x, STEP, told).sample)
+    theirs = pipeline(prompt_embeds=told, negative_prompt_embeds=null, num_inference_steps=3, guidance_scale=3.0,
+                      latents=x.clone(), output_type="latent").images  # fmt: skip
+    drawn = mine.sample(text=told, negative_text=null, guidance=3.0, steps=3, initial_noise=x, output="latent")
+    alike(drawn, theirs)
+    for wrong in (PROMPTS, told[:, :, 1:], None):
+        with pytest.raises(LimnerError, match="came without its text encoder; give its output"):
+            mine.sample(text=wrong, guidance=1.0, num=2)
+    with pytest.raises(LimnerError, match="as negative_text to guide"):
+        mine.sample(text=told, guidance=2.0)
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,8 @@ class Wish:
     """
 
     label: Labels | None = None
-    text: str | Sequence[str] | None = None
-    negative_text: str | Sequence[str] | None = None
+    text: str | Sequence[str] | Tensor | None = None
+    negative_text: str | Sequence[str] | Tensor | None = None
     image: Pictures | None = None
     mask: Pictures | None = None
     semantic_map: Any = None
@@ -58,7 +58,7 @@ class Asked:
     conditions: dict[str, Any]
     start: Tensor | None = None
     hole: Tensor | None = None
-    negative: list[str] | None = None
+    negative: list[Any] | None = None
 
     def rotated(self, num: int | None, own: str | None) -> tuple[Asked, int]:
         """Each value repeated in rotation to `num` pictures; None: as many as the longest has, but for `own`, which
@@ -105,7 +105,7 @@ def asked_of(config: RunConfig, wish: Wish, size: tuple[int, int]) -> Asked:
     return replace(_pictures(config, wish, size, kinds, conditions), negative=negative)
 
 
-def _captions(text: str | Sequence[str]) -> list[str]:
+def _captions(text: str | Sequence[str] | Tensor) -> list[Any]:
     return [text] if isinstance(text, str) else list(text)
 
 

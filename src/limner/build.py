@@ -21,7 +21,14 @@ from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
 from limner.nn.layout import LITE0_CHANNELS, BoxesConditioner, VariationConditioner, see_lite0
 from limner.nn.quantizer import VectorQuantizer
 from limner.nn.spatial import Cells, ImageConditioner, MaskConditioner, SemanticMapConditioner, mask_of_latents
-from limner.nn.text import PretrainedEncoder, PretrainedTokenizer, TextConditioner, TextTransformer, Vocabulary
+from limner.nn.text import (
+    GivenTokens,
+    PretrainedEncoder,
+    PretrainedTokenizer,
+    TextConditioner,
+    TextTransformer,
+    Vocabulary,
+)
 from limner.nn.unet import Level, UNet
 
 SCHEDULES = {
@@ -151,7 +158,8 @@ def conditioner(config: c.RunConfig, emb_channels: int) -> Conditioner | None:
 def modality(section: c.ConditionConfig, config: c.RunConfig, emb_channels: int) -> nn.Module:
     """The conditioner of one section of a recipe. Raises LimnerError where the names of classes are missing."""
     if isinstance(section, c.TextCondition):
-        return text_conditioner(section, emb_channels)
+        given = section.encoder if isinstance(section.encoder, c.GivenText) else None
+        return text_conditioner(section, emb_channels) if given is None else GivenTokens(given.width)
     vector = emb_channels if getattr(section, "pooled", True) else None
     if isinstance(section, c.BoxesCondition):
         return BoxesConditioner(len(_classes(section.classes, "boxes")), section.width, section.depth, section.most,
@@ -184,6 +192,7 @@ def _classes(names: Sequence[str] | None, whose: str) -> Sequence[str]:
 def text_conditioner(section: c.TextCondition, emb_channels: int) -> TextConditioner:
     """tau for captions; a vocabulary is empty until `learn` or a run's weights fill it."""
     encoder = section.encoder
+    assert not isinstance(encoder, c.GivenText)
     if isinstance(encoder, c.PretrainedText):
         parts: tuple[nn.Module, nn.Module] = (PretrainedTokenizer(encoder.name, encoder.length),
                                               PretrainedEncoder(encoder.name, encoder.length))  # fmt: skip

@@ -125,8 +125,8 @@ class Generator(Loaded):
         *,
         num: int | None = None,
         label: Labels | None = None,
-        text: str | Sequence[str] | None = None,
-        negative_text: str | Sequence[str] | None = None,
+        text: str | Sequence[str] | Tensor | None = None,
+        negative_text: str | Sequence[str] | Tensor | None = None,
         image: Pictures | None = None,
         mask: Pictures | None = None,
         semantic_map: Any = None,
@@ -151,7 +151,8 @@ class Generator(Loaded):
         num: how many pictures; by default one for each label, caption or picture given. Each condition is one for all,
         or a list, repeated in rotation to `num`; where no label is given, a labelled model draws its classes.
         semantic_map: PIL pictures or integers (N, h, w), or floats (N, K, h, w). boxes: a list of (class, x, y, w, h)
-        in 0..1, or a list of such lists. negative_text: what to move away from, instead of from nothing.
+        in 0..1, or a list of such lists. negative_text: what to move away from, instead of from nothing. Where a model
+        came without its text encoder, both are such an encoder's output (N, L, D).
         image: pictures: floats (N, C, h, w) in [-1, 1], uint8 (N, h, w, C), or PIL. A super-resolution model enlarges
         them, a model of variations varies them. With `mask` (white is painted anew) any model paints in them, one that
         learned to by itself and others by RePaint (2201.09865); what the mask keeps stays to the bit.

@@ -48,13 +48,20 @@ class PretrainedText(Section):
     length: PositiveInt = 64
 
 
+class GivenText(Section):
+    """No encoder: captions are given as its output, since the U-Net was imported without it."""
+
+    kind: Literal["given"] = "given"
+    width: PositiveInt = Field(description="of a token")
+
+
 class TextCondition(Section):
     """Captions: tokens for cross-attention, and a pooled vector into AdaGN."""
 
     key: ClassVar[str] = "text"
     kind: Literal["text"] = "text"
     dropout: Fraction = 0.1
-    encoder: Annotated[BPEText | PretrainedText, Field(discriminator="kind")] = BPEText()
+    encoder: Annotated[BPEText | PretrainedText | GivenText, Field(discriminator="kind")] = BPEText()
     pooled: bool = Field(default=True, description="a pooled vector into AdaGN besides the tokens")
     null: Literal["learned", "empty"] = Field(
         default="learned", description="empty: an absent caption is the empty one"

@@ -190,8 +190,8 @@ def _normalised(own: Mapping[str, Tensor], section: c.AutoencoderConfig, mean: T
 def _text(written: Written, section: c.TextCondition, state: Mapping[str, Tensor], where: str) -> str:
     """The text encoder and its tokenizer; returns whose network it is. Raises LimnerError naming what lacks."""
     encoder, part = section.encoder, "conditions.text"
-    if isinstance(encoder, c.PretrainedText):
-        raise refuse(f"{part}.encoder {encoder.name}", "is no part of the run")
+    if not isinstance(encoder, c.BPEText):
+        raise refuse(f"{part}.encoder {getattr(encoder, 'name', encoder.kind)}", "is no part of the run")
     family = "clip" if encoder.causal else "bert"
     heads = encoder.heads or max(1, encoder.width // encoder.head_dim)
     lacking = {

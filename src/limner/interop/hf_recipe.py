@@ -41,14 +41,15 @@ def recipe(parts: Parts, unet: UNetFacts, stage: AutoencoderFacts | None, text: 
         raise LimnerError(f"{where}: out_channels: {unet.out_channels} for {space} in; should be {space}, or "
                           f"{2 * space} with a learned variance")  # fmt: skip
     learned = unet.out_channels == 2 * space
-    process, sampling = _process(parts, latent=stage is not None, learned=learned,
-                                 guidance=GUIDANCE[text.family] if text else 1.0)  # fmt: skip
+    latent = stage is not None or unet.token_channels is not None  # alone, as those with cross-attention mostly are
+    guidance = GUIDANCE[text.family] if text else 1.0
+    process, sampling = _process(parts, latent=latent, learned=learned, guidance=guidance)
     raw: dict[str, Any] = {
         "data": {"size": _size(parts, unet, stage), "channels": stage.channels if stage else space},
         **({"space": {"kind": "latent", "autoencoder": stage.section}} if stage else {}),
         "process": process,
         "model": unet.section,
-        "conditions": _conditions(where, unet, text),
+        "conditions": _conditions(where, unet, text, parts.notes),
         "classes": [str(k) for k in range(unet.classes)] if unet.classes else None,
         "sampling": sampling,
         "training": {"precision": "fp32"},
@@ -86,14 +87,17 @@ def _process(parts: Parts, *, latent: bool, learned: bool, guidance: float) -> t
     return process, sampling
 
 
-def _conditions(where: str, unet: UNetFacts, text: TextFacts | None) -> list[dict[str, Any]]:
+def _conditions(where: str, unet: UNetFacts, text: TextFacts | None, notes: list[str]) -> list[dict[str, Any]]:
     conditions: list[dict[str, Any]] = []
     if unet.classes:
         conditions.append({"kind": "label", "dropout": 0.0, "null": False})
     if unet.token_channels is None:
         return conditions
     if text is None:
-        raise LimnerError(f"{where}: cross-attention without a text encoder in this folder; give the pipeline's folder")
+        notes.append(f"{where}: cross-attention without a text encoder beside it; give the pipeline's folder, or "
+                     f"captions as an encoder's output (B, L, {unet.token_channels})")  # fmt: skip
+        encoder = {"kind": "given", "width": unet.token_channels}
+        return [*conditions, {"kind": "text", "dropout": 0.0, "pooled": False, "null": "empty", "encoder": encoder}]
     if text.width != unet.token_channels:
         raise LimnerError(f"{where}: cross_attention_dim: {unet.token_channels}, but the text encoder gives "
                           f"{text.width}")  # fmt: skip

@@ -367,6 +367,38 @@ class TextConditioner(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
 
+class GivenTokens(nn.Module):
+    """Captions as another text encoder's output: for a network that came without its own. It has no weights, and no
+    null condition but the empty caption's output, given by whoever guides.
+
+    width: D, of a token.
+    """
+
+    place: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token_channels = width
+        self.register_buffer("place", torch.zeros(0), persistent=False)
+
+    def learn(self, texts: Sequence[str]) -> None:
+        """Raises LimnerError: there is nothing to learn with."""
+        raise self._refused()
+
+    def forward(self, text: Sequence[Tensor] | Tensor | None, batch: int, drop: Tensor | None = None) -> Embedded:
+        """text: float (B, L, D), or B tensors (L, D). Raises LimnerError for anything else, and for none."""
+        if text is None or len(text) != batch or (drop is not None and bool(drop.any())):
+            raise self._refused()
+        if any(not isinstance(row, Tensor) or row.shape != (len(text[0]), self.token_channels) for row in text):
+            raise self._refused()
+        return Embedded(tokens=torch.stack(list(text)).to(self.place))
+
+    def _refused(self) -> LimnerError:
+        shape = f"float tensors (B, L, {self.token_channels})"
+        return LimnerError(f"text: this model came without its text encoder; give its output, {shape}, as text, and "
+                           "that of the empty caption as negative_text to guide")  # fmt: skip
+
+
 def pooled(tokens: Tensor, mask: Tensor) -> Tensor:
     """Mean (B, D) of tokens (B, L, D) where mask (B, L)."""
     weights = mask.to(tokens.dtype)[:, :, None]
