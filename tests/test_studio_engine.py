@@ -88,6 +88,15 @@ def test_only_what_fits_together_is_one_batch(engine: Engine) -> None:
     assert drawn == 3, "4 + 3 of two steps; 1 of three; and 4, for which there was no room"
 
 
+def test_pictures_of_another_size_are_drawn_by_themselves(engine: Engine) -> None:
+    held = Held(engine)
+    jobs = [engine.draw(seed=1, size=size) for size in (None, (8, 16), (8, 8))]
+    held.release()
+    assert [job.pictures()[0].pixels.shape for job in jobs] == [(8, 8, 3), (8, 16, 3), (8, 8, 3)]
+    drawn = engine.metrics.registry.get_sample_value("limner_batch_pictures_count")
+    assert drawn == 2, "8x8 is the model's own size"
+
+
 def test_beyond_the_queue_it_says_when_to_come_back(engine: Engine) -> None:
     held = Held(engine)
     jobs = [engine.draw() for _ in range(8)]
@@ -135,7 +144,7 @@ def test_time_is_up_while_drawing_and_while_waiting(engine: Engine) -> None:
 
 def test_the_forming_picture_is_shown(engine: Engine) -> None:
     held = Held(engine)
-    job = engine.draw(num=2, steps=8, previews=3)
+    job = engine.draw(num=2, steps=8, previews=True)
     plain = engine.draw(num=1, steps=8)
     events = job.events()
     assert next(events) is None, "it waits"

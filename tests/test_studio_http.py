@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import socket
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -58,20 +56,6 @@ def _guarded(engine: Engine, token: str | None = None) -> Any:
     return Guard(application(engine), token=token, upload=engine.limits.upload, metrics=engine.metrics)
 
 
-@contextlib.contextmanager
-def live(app: Any) -> Iterator[str]:
-    """A real server on a free port, in a thread; gives its address."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        running = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
-        thread.start()
-        tiny_studio.until(lambda: running.started)
-        yield f"http://localhost:{bound.getsockname()[1]}"
-        running.should_exit = True
-        thread.join(20)
-
-
 def opened(encoded: str) -> tuple[np.ndarray, io.BytesIO]:
     file = io.BytesIO(base64.b64decode(encoded))
     return np.asarray(Image.open(file)), file
@@ -101,13 +85,25 @@ def test_pictures_equal_those_of_the_library(client: TestClient, run: Path) -> N
     assert answer["recipe"]["guidance"] == 3.0
 
 
+def test_another_size(client: TestClient, run: Path) -> None:
+    answer = client.post("/api/draw", json={"seed": 3, "label": 0, "size": "16x8", "num": 2}).json()
+    alone = limner.load(run).sample(output="array", seed=3, label=0, size=(8, 16), num=2)
+    for picture, want in zip(answer["pictures"], alone, strict=True):
+        pixels, file = opened(picture["png"])
+        np.testing.assert_allclose(pixels.astype(int), want, atol=1)
+        assert Repeat.read(file, "x.png").options["size"] == (8, 16)
+    openai_form = client.post("/v1/images/generations", json={"prompt": "cat", "size": "16x8"}).json()
+    assert openai_form["size"] == "16x8"
+    assert opened(openai_form["data"][0]["b64_json"])[0].shape == (8, 16, 3)
+
+
 def test_without_a_seed_pictures_differ(client: TestClient) -> None:
     seeds = {client.post("/api/draw", json={"label": 0}).json()["recipe"]["seed"] for _ in range(3)}
     assert len(seeds) == 3
 
 
 def test_the_official_client_makes_pictures(engine: Engine) -> None:
-    with live(_guarded(engine, "sesame-open-sesame")) as address:
+    with tiny_studio.live(_guarded(engine, "sesame-open-sesame"), "off") as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="sesame-open-sesame", max_retries=0)
         assert [model.id for model in client.models.list()] == ["tiny"]
         answer = client.images.generate(model="tiny", prompt="dog", n=2, extra_body={"seed": 3})
@@ -119,25 +115,37 @@ def test_the_official_client_makes_pictures(engine: Engine) -> None:
         assert (linked[0].url or "").startswith("data:image/png;base64,")
         with pytest.raises(openai.BadRequestError, match="there is no such class; did you mean 'dog'"):
             client.images.generate(prompt="dgo")
-        with pytest.raises(openai.BadRequestError, match="size 1024x1024: tiny draws 8x8"):
+        with pytest.raises(openai.BadRequestError, match="size 1024x1024: at most 4 times as many pixels"):
             client.images.generate(prompt="dog", size="1024x1024")
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{address}/v1", api_key="no", max_retries=0).models.list()
 
 
-def test_a_client_that_goes_away_frees_its_place(engine: Engine) -> None:
-    with live(_guarded(engine)) as address:
-        port = int(address.rsplit(":", 1)[1])
-        body = json.dumps({"steps": 1500, "label": 0}).encode()
-        with socket.create_connection(("127.0.0.1", port)) as gone:
-            gone.sendall(b"POST /api/draw HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                         b"Content-Length: %d\r\n\r\n%s" % (len(body), body))  # fmt: skip
-            tiny_studio.until(lambda: engine._drawing and engine._drawing[0]._progress is not None)
-            (job,) = engine._drawing
-        tiny_studio.until(lambda: not engine._drawing)
-        assert job._progress is not None
-        assert job._progress.step < 1500
-        assert str(job.done.exception()) == "the client went away"
+def test_a_client_that_goes_away_frees_its_place_within_a_second(engine: Engine) -> None:
+    network = engine.shelf.generators["tiny"].model.network
+    hook = network.register_forward_pre_hook(lambda *_: time.sleep(0.01))  # a drawing of many seconds
+    try:
+        with tiny_studio.live(_guarded(engine), "off") as address:
+            taken = [_gone(engine, int(address.rsplit(":", 1)[1])) for _ in range(3)]
+    finally:
+        hook.remove()
+    assert min(taken) < 1, taken  # the best of three: the machine may have something else to do
+
+
+def _gone(engine: Engine, port: int) -> float:
+    """Ask for a long drawing and go away in its middle: the seconds until the place is free."""
+    body = json.dumps({"steps": 1500, "label": 0}).encode()
+    with socket.create_connection(("127.0.0.1", port)) as gone:
+        gone.sendall(b"POST /api/draw HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: %d\r\n\r\n%s" % (len(body), body))  # fmt: skip
+        tiny_studio.until(lambda: engine._drawing and engine._drawing[0]._progress is not None)
+        (job,) = engine._drawing
+    went = time.monotonic()
+    tiny_studio.until(lambda: not engine._drawing)
+    assert job._progress is not None
+    assert job._progress.step < 1500
+    assert str(job.done.exception()) == "the client went away"
+    return time.monotonic() - went
 
 
 def test_beyond_the_queue_429_says_when_to_come_back(engine: Engine, client: TestClient) -> None:
@@ -179,6 +187,8 @@ def test_health_figures_and_openapi(client: TestClient) -> None:
         ({"guidance": -1}, "guidance: -1.0, should be a number from 0"),
         ({"interval": [0.9, 0.1]}, "interval: 0.9,0.1"),
         ({"spacing": "../../etc"}, "spacing"),
+        ({"size": "900x900"}, "size 900x900: at most 4 times as many pixels as the model's own 8x8"),
+        ({"size": "8 by 8"}, "size: '8 by 8', should be WIDTHxHEIGHT"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(client: TestClient, body: dict[str, Any], said: str) -> None:
@@ -222,22 +232,48 @@ ANYTHING = st.recursive(
     max_leaves=12,
 )
 FIELDS = st.sampled_from(
-    "model num n first seed label text negative_text image mask strength semantic_map boxes "
+    "model num n first seed label text negative_text image mask strength semantic_map boxes size "
     "steps guidance sampler spacing interval rescale eta "
-    "classifier_scale prompt size response_format negative_prompt other".split()
+    "classifier_scale prompt response_format negative_prompt".split()
 )
-BODIES = st.dictionaries(FIELDS, ANYTHING, min_size=1, max_size=5).map(lambda body: json.dumps(body).encode())
+FLAWS = st.one_of(
+    st.tuples(st.just("other"), ANYTHING),
+    st.tuples(
+        st.sampled_from(["num", "steps"]), st.integers(max_value=0) | st.integers(1501) | st.text() | st.lists(ANYTHING)
+    ),
+    st.tuples(
+        st.sampled_from(["guidance", "rescale", "eta"]),
+        st.floats(max_value=-0.1) | st.just(float("nan")) | st.text(alphabet="xyz"),
+    ),
+    st.tuples(st.sampled_from(["sampler", "spacing", "model"]), st.text(alphabet="xyz./", min_size=1) | st.integers()),
+    st.tuples(st.just("size"), st.text(alphabet="0x-", min_size=1) | st.sampled_from(["0x8", "99999x99999", "8"])),
+    st.tuples(
+        st.sampled_from(["image", "mask", "semantic_map"]), st.text(min_size=1) | st.dictionaries(st.text(), ANYTHING)
+    ),
+)
+BODIES = st.tuples(st.dictionaries(FIELDS, ANYTHING, max_size=4), FLAWS).map(
+    lambda parts: json.dumps({**parts[0], parts[1][0]: parts[1][1]}).encode()
+)
+NO_JSON = st.binary(max_size=60).filter(lambda body: body.strip() != b"{}")
 PATHS = st.sampled_from(["/api/draw", "/v1/images/generations", "/v1/models", "/nowhere", "/api/draw/../../etc/passwd"])
 
 
-@settings(max_examples=200, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
-@given(path=PATHS, body=st.one_of(BODIES, BODIES, st.binary(max_size=60)))
-def test_malformed_requests_get_a_sentence(client: TestClient, path: str, body: bytes) -> None:
-    answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
-    if answer.status_code != 200:
+def test_500_malformed_requests_get_a_sentence_and_the_server_lives(client: TestClient) -> None:
+    refused = 0
+
+    @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @given(path=PATHS, body=st.one_of(BODIES, BODIES, BODIES, NO_JSON))
+    def ask(path: str, body: bytes) -> None:
+        nonlocal refused
+        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
         assert 400 <= answer.status_code < 500, answer.text
         assert sentence(answer)
+        refused += 1
+
+    ask()
+    assert refused >= 500
+    assert client.get("/healthz").json()["waiting"] == 0
+    assert client.post("/api/draw", json={}).status_code == 200
 
 
 def test_the_token_is_demanded(engine: Engine) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-import socket
-import subprocess
-import threading
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +12,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 import limner
 import tiny_studio
@@ -30,22 +26,13 @@ from limner.studio.page import mount
 from limner.studio.shelf import Shelf
 
 PATIENCE_MS = 60_000
-MODELS = ("labels", "words", "maps", "holes")
+MODELS = ("labels", "words", "maps", "holes", "boxes")
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium, installed where it is missing."""
-    found = shutil.which("chromium")
-    if found is None:
-        subprocess.run(["apt-get", "update", "-q"], check=True)
-        subprocess.run(["apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"], check=True)
-        found = shutil.which("chromium")
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        made = playwright.chromium.launch(executable_path=found, args=options)
+def browser() -> Iterator[BrowserContext]:
+    with tiny_studio.chromium() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "words": write(home / "words", tiny_studio.text_recipe(), ["a red cat", "a blue dog"]),
         "maps": write(home / "maps", tiny_studio.map_recipe()),
         "holes": write(home / "holes", tiny_studio.hole_recipe()),
+        "boxes": write(home / "boxes", tiny_studio.box_recipe()),
     }
 
 
@@ -70,15 +58,8 @@ def engine(runs: dict[str, Path]) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def address(engine: Engine) -> Iterator[str]:
     app = Guard(mount(application(engine), engine), token=None, upload=8_000_000, metrics=engine.metrics)
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-        thread.start()
-        tiny_studio.until(lambda: server.started)
-        yield f"http://localhost:{bound.getsockname()[1]}/"
-        server.should_exit = True
-        thread.join(20)
+    with tiny_studio.live(app) as found:
+        yield f"{found}/"
 
 
 class Studio:
@@ -87,30 +68,36 @@ class Studio:
     def __init__(self, page: Page, address: str) -> None:
         self.page, self.outside, self.errors = page, [], []
         page.set_default_timeout(PATIENCE_MS)
-        page.on(
-            "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else self.outside.append(r.url)
-        )
+        inside = (address, "data:", "blob:")
+        page.on("request", lambda r: None if r.url.startswith(inside) else self.outside.append(r.url))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(address)
         self.button("Draw").wait_for()
 
+    def seen(self, place: str | Locator) -> Locator:
+        """The first of them that is visible."""
+        found = self.page.locator(place) if isinstance(place, str) else place
+        return found.locator("visible=true").first
+
     def button(self, name: str) -> Locator:
-        return self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first
+        return self.seen(self.page.get_by_role("button", name=name, exact=True))
+
+    def unfold(self, name: str) -> None:
+        self.seen(self.page.get_by_role("button", name=re.compile(f"^{name}"))).click()
 
     def choose(self, model: str) -> None:
-        box = self.page.get_by_label("Model", exact=True)
-        box.click()
+        self.page.get_by_label("Model", exact=True).click()
         self.page.get_by_role("option", name=model, exact=True).click()
-        self.page.locator(f".limner-model-{MODELS.index(model)}:visible").first.wait_for()
+        self.seen(f".limner-model-{MODELS.index(model)}").wait_for()
         expect(self.page.locator(".limner-start:visible")).to_have_count(1)
 
-    def number(self, name: str, value: int) -> None:
+    def number(self, name: str, value: float) -> None:
         field = self.page.locator(f'input[aria-label="number input for {name}"]:visible')
         field.fill(str(value))
         field.press("Tab")
 
     def told(self, text: str) -> None:
-        expect(self.page.locator(".limner-told:visible").first).to_contain_text(text, timeout=PATIENCE_MS)
+        expect(self.seen(".limner-told")).to_contain_text(text, timeout=PATIENCE_MS)
 
     def draw(self) -> np.ndarray:
         """Draw, and the newest picture."""
@@ -119,28 +106,32 @@ class Studio:
         self.told("drawn in")
         return np.asarray(Image.open(io.BytesIO(self.newest())))
 
-    def paint(self, editor: str) -> None:
-        """A stroke across the middle of a canvas."""
-        canvas = self.page.locator(f"{editor}:visible canvas").first
-        canvas.scroll_into_view_if_needed()
-        box = canvas.bounding_box()
+    def drag(self, place: str, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press at one point of an element, in shares of its width and height, and let go at another."""
+        area = self.seen(place)
+        area.scroll_into_view_if_needed()
+        box = area.bounding_box()
         assert box is not None
-        self.page.mouse.move(box["x"] + box["width"] * 0.35, box["y"] + box["height"] * 0.5)
+        points = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in (start, end)]
+        self.page.mouse.move(*points[0])
         self.page.mouse.down()
-        self.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=2)
+        self.page.mouse.move(*points[1], steps=3)
         self.page.mouse.up()
-        self.page.wait_for_timeout(500)
 
     def newest(self) -> bytes:
         """The file that the gallery shows first and that a download gives."""
-        image = self.page.locator(".limner-gallery:visible img").first
+        image = self.seen(".limner-gallery img")
         image.wait_for()
         return self.page.request.get(image.get_attribute("src") or "").body()
 
+    def repeat(self) -> Repeat:
+        """What the newest picture tells of its drawing."""
+        return Repeat.read(io.BytesIO(self.newest()), "x.png")
+
 
 @pytest.fixture
-def studio(browser: Browser, address: str) -> Iterator[Studio]:
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+def studio(browser: BrowserContext, address: str) -> Iterator[Studio]:
+    page = browser.new_page()
     made = Studio(page, address)
     yield made
     assert not made.outside, "the page fetched something from elsewhere"
@@ -153,85 +144,155 @@ def test_paths_from_a_client_are_not_opened(address: str, runs: dict[str, Path])
     with httpx.Client(base_url=address) as client:
         for path in ("/etc/passwd", secret, "../../etc/passwd"):
             assert client.get(f"gradio_api/file={path}").status_code in (403, 404)
-        image = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
         answers = []
-        for editor in (None, {"background": image, "layers": [], "composite": image}):
-            values = [editor, 1, 0, 0, 2.0, 4, "ddim", "log_snr", 0, 1, 0, None]
+        for picture in (None, str(secret), {"path": str(secret), "meta": {"_type": "gradio.FileData"}}):
+            board = {"rows": 8, "columns": 8, "cells": "/////w==", "picture": picture}
+            values = [board, "Vary all of it", 0.5, 1, 0, 0, "8x8", 4, 2.0, "ddim", "log_snr", 0, 1, 0, None]
             asked = client.post("gradio_api/call/draw_holes", json={"data": values}).json()
             answers.append(client.get(f"gradio_api/call/draw_holes/{asked['event_id']}", timeout=60).text)
-    assert "event: complete" in answers[0]
-    assert "event: error" in answers[1]
-    assert "norm_groups" not in answers[1]
+    assert "1 drawn in" in answers[0]
+    assert "is not base64" in answers[1]
+    assert "event: error" in answers[2] or "1 drawn in" in answers[2]
+    assert not any("norm_groups" in answer for answer in answers)
 
 
 def test_a_label_becomes_a_picture_whose_recipe_draws_it_again(studio: Studio, runs: dict[str, Path]) -> None:
     studio.page.get_by_label("dog").check()
     studio.number("Pictures", 3)
-    studio.page.get_by_label("Seed").fill("7")
+    studio.page.get_by_label("Seed", exact=True).fill("7")
     first = studio.draw()
-    repeat = Repeat.read(io.BytesIO(studio.newest()), "x.png")
+    repeat = studio.repeat()
     assert (repeat.seed, repeat.first, repeat.conditions) == (7, 0, {"label": [1]})
     np.testing.assert_array_equal(limner.load(runs["labels"]).sample(output="array", **repeat.options)[0], first)
+    tiny_studio.shoot(studio.page, "draw")
 
     studio.page.locator(".limner-gallery:visible img").nth(2).click()
     expect(studio.page.locator(".limner-recipe:visible")).to_contain_text("dpmpp_2m")
     third = np.asarray(Image.open(io.BytesIO(studio.newest())))
     studio.page.get_by_label("cat").check()
-    studio.page.get_by_label("Seed").fill("1")
+    studio.page.get_by_label("Seed", exact=True).fill("1")
     studio.button("Use this recipe").click()
     studio.told("The controls are as they were")
-    expect(studio.page.get_by_label("Seed")).to_have_value("7")
+    expect(studio.page.get_by_label("Seed", exact=True)).to_have_value("7")
     expect(studio.page.get_by_label("cat")).not_to_be_checked()
     np.testing.assert_array_equal(studio.draw(), third)
+
+
+def test_another_size_and_a_start_from_a_picture(studio: Studio, runs: dict[str, Path]) -> None:
+    studio.unfold("Advanced")
+    size = studio.page.get_by_label("Size", exact=True)
+    size.fill("16x8")
+    size.press("Enter")
+    assert studio.draw().shape == (8, 16, 3)
+    studio.seen(".limner-gallery img").click()
+    studio.button("Start from this picture").click()
+    studio.told("It lies below")
+    studio.unfold("Start from a picture")
+    studio.number("Strength", 0.5)
+    varied = studio.draw()
+    repeat = studio.repeat()
+    assert (repeat.strength, repeat.size) == (0.5, (8, 16))
+    np.testing.assert_array_equal(limner.load(runs["labels"]).sample(output="array", **repeat.options)[0], varied)
+    size.fill("900x900")
+    size.press("Enter")
+    studio.button("Draw").click()
+    studio.told("Size 900x900: at most 4 times as many pixels")
 
 
 def test_a_caption_becomes_a_picture(studio: Studio) -> None:
     studio.choose("words")
     drawn = []
     for caption in ("a red cat", "a blue dog"):
-        studio.page.get_by_label("Caption").locator("visible=true").first.fill(caption)
+        studio.seen(studio.page.get_by_label("Caption")).fill(caption)
         drawn.append(studio.draw())
-        assert Repeat.read(io.BytesIO(studio.newest()), "x").conditions["text"][0] == caption
+        assert studio.repeat().conditions["text"][0] == caption
     assert not np.array_equal(*drawn)
     studio.page.get_by_role("tab", name="Understand").click()
     studio.button("Look").click()
-    expect(studio.page.locator(".limner-way:visible").first).to_contain_text(
-        "Where each word acted", timeout=PATIENCE_MS
-    )
+    expect(studio.seen(".limner-way")).to_contain_text("Where each word acted", timeout=PATIENCE_MS)
     expect(studio.page.locator(".limner-way:visible img[alt*=\"'dog'\"]")).to_have_count(1)
+    tiny_studio.shoot(studio.page, "understand")
 
 
 def test_a_painted_map_changes_the_picture(studio: Studio) -> None:
     studio.choose("maps")
+    board = ".limner-map canvas"
     before = studio.draw()
-    studio.paint(".limner-map")
+    assert not np.asarray(studio.repeat().conditions["semantic_map"][0]).any(), "sky"
+    studio.drag(board, (0.05, 0.5), (0.95, 0.5))
     after = studio.draw()
     assert not np.array_equal(before, after)
-    map_ = np.asarray(Repeat.read(io.BytesIO(studio.newest()), "x").conditions["semantic_map"][0])
+    map_ = np.asarray(studio.repeat().conditions["semantic_map"][0])
     assert map_.shape == (8, 8)
-    assert set(np.unique(map_)) == {0, 1}, "sky, and road where it was painted"
+    np.testing.assert_array_equal(map_.any(1), [False] * 4 + [True] + [False] * 3)
+    assert (map_[4] == 1).all(), "road, where it was painted"
+
+    studio.seen(studio.page.get_by_label("grass")).check()
+    studio.seen(studio.page.get_by_label("Fill", exact=True)).check()
+    studio.drag(board, (0.5, 0.9), (0.5, 0.9))
+    studio.seen(board).focus()
+    for key in ("ArrowUp", "ArrowUp", "Space"):  # a cell above the road: half of the picture more
+        studio.page.keyboard.press(key)
+    tiny_studio.shoot(studio.page, "map")
+    studio.draw()
+    map_ = np.asarray(studio.repeat().conditions["semantic_map"][0])
+    np.testing.assert_array_equal(map_[:, 0], [2, 2, 2, 2, 1, 2, 2, 2])
+    studio.button("Undo").click()
+    filled = studio.draw()
+    map_ = np.asarray(studio.repeat().conditions["semantic_map"][0])
+    np.testing.assert_array_equal(map_[:, 0], [0, 0, 0, 0, 1, 2, 2, 2])
+    studio.button("Fill all").click()
+    studio.seen(".limner-gallery img").click()
+    studio.button("Use this recipe").click()
+    studio.told("The controls are as they were")
+    np.testing.assert_array_equal(studio.draw(), filled)
 
 
 def test_a_hole_is_painted_anew_and_the_rest_is_kept(studio: Studio, tmp_path: Path) -> None:
     studio.choose("holes")
     known = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     file = tmp_path / "known.png"
-    Image.fromarray(known).resize((320, 320), Image.Resampling.NEAREST).save(file)
-    studio.page.locator('.limner-inpaint:visible input[type="file"]').first.set_input_files(file)
-    for _ in range(40):  # until the editor has taken the picture in
-        studio.button("Draw").click()
-        studio.page.wait_for_timeout(1500)
-        if "Mask: nothing is painted over" in studio.page.locator(".limner-told:visible").first.inner_text():
-            break
-    studio.told("Mask: nothing is painted over")
-    studio.paint(".limner-inpaint")
+    Image.fromarray(known).save(file)
+    with studio.page.expect_file_chooser() as chooser:
+        studio.button("Choose a picture").click()
+    chooser.value.set_files(file)
+    board = ".limner-hole canvas"
+    studio.page.wait_for_function(
+        "() => [...document.querySelectorAll('.limner-hole canvas')].some(c => c.offsetParent && "
+        "c.getContext('2d').getImageData(0, 0, 1, 1).data[3])"
+    )
+    studio.button("Draw").click()
+    studio.told("Mask: nothing is marked")
+    studio.drag(board, (0.3, 0.6), (0.7, 0.6))
+    tiny_studio.shoot(studio.page, "hole")
     drawn = studio.draw()
-    repeat = Repeat.read(io.BytesIO(studio.newest()), "x")
+    repeat = studio.repeat()
     hole = np.asarray(repeat.conditions["mask"][0]) > 0
-    assert 2 < hole.sum() < 40
-    kept = np.asarray(repeat.conditions["image"][0])
-    np.testing.assert_array_equal(drawn[~hole], kept[~hole])
-    assert (drawn[hole] != kept[hole]).any()
+    assert 2 < hole.sum() < 16
+    assert repeat.strength is None
+    np.testing.assert_array_equal(drawn[~hole], known[~hole])
+    assert (drawn[hole] != known[hole]).any()
+
+
+def test_boxes_are_dragged_and_named(studio: Studio) -> None:
+    studio.choose("boxes")
+    field, box = ".limner-field", ".limner-box"
+    none = studio.draw()
+    studio.drag(field, (0.1, 0.1), (0.5, 0.4))
+    studio.drag(box, (0.5, 0.6), (1.0, 0.6))  # half of its width to the right
+    studio.seen(studio.page.get_by_label("Class of the box")).select_option("tree")
+    studio.button("Add a box").click()
+    studio.page.keyboard.press("ArrowDown")
+    tiny_studio.shoot(studio.page, "boxes")
+    two = studio.draw()
+    (layout,) = studio.repeat().conditions["boxes"]
+    assert [name for name, *_ in layout] == ["tree", "tree"]
+    np.testing.assert_allclose([span for _, *span in layout], [[0.3, 0.1, 0.4, 0.3], [0.25, 0.27, 0.5, 0.5]], atol=0.02)
+    assert json.loads(studio.seen(".limner-boxes-in").locator("code").text_content() or "") == layout
+    assert not np.array_equal(none, two)
+    studio.button("Delete the box").click()
+    studio.draw()
+    assert len(studio.repeat().conditions["boxes"][0]) == 1
 
 
 def test_stop_in_the_middle(studio: Studio, engine: Engine) -> None:
@@ -241,7 +302,8 @@ def test_stop_in_the_middle(studio: Studio, engine: Engine) -> None:
         studio.number("Steps", 100)
         studio.button("Draw").click()
         studio.told("Step ")
-        studio.page.locator(".limner-forming:visible img").first.wait_for()
+        studio.seen(".limner-forming img").wait_for()
+        tiny_studio.shoot(studio.page, "forming")
         studio.button("Stop").click()
         studio.told("Stopped.")
         tiny_studio.until(lambda: not engine._drawing, 2)
@@ -253,32 +315,23 @@ def test_stop_in_the_middle(studio: Studio, engine: Engine) -> None:
 
 def test_what_is_wrong_is_said_in_a_sentence(studio: Studio) -> None:
     studio.page.get_by_role("tab", name="Compare").click()
-    studio.page.get_by_label("Across: values").locator("visible=true").first.fill("1, lots")
+    values = studio.seen(studio.page.get_by_label("Across: values"))
+    values.fill("1, lots")
     studio.button("Compare").click()
     expect(studio.page.get_by_role("alert").locator("visible=true")).to_have_text(
         "Guidance: '1, lots' should be numbers with commas between."
     )
-    studio.page.get_by_label("Across: values").locator("visible=true").first.fill("1, 3")
+    values.fill("1, 3")
     studio.button("Compare").click()
     expect(studio.page.locator(".limner-compared:visible img")).to_have_count(6, timeout=PATIENCE_MS)
+    tiny_studio.shoot(studio.page, "compare")
 
 
-def test_a_training_is_watched_while_it_goes_on(studio: Studio, runs: dict[str, Path]) -> None:
-    def line(images: int) -> None:
-        figures = {
-            "images": images,
-            "seconds": images / 100,
-            "loss": 0.5,
-            "loss_t0.00_0.25": 0.7,
-            "images_per_s": 100.0,
-        }
-        with (runs["labels"] / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(figures) + "\n")
-
-    line(1000)
-    studio.page.get_by_role("tab", name="Watch").click()
-    told = studio.page.locator(".limner-training:visible").first
-    expect(told).to_contain_text("1,000 images", timeout=PATIENCE_MS)
-    line(2000)
-    expect(told).to_contain_text("2,000 images", timeout=PATIENCE_MS)
-    expect(told).to_contain_text("images a second 100")
+def test_on_a_narrow_dark_screen_nothing_leaves_it(studio: Studio) -> None:
+    studio.page.emulate_media(color_scheme="dark")
+    studio.page.set_viewport_size({"width": 390, "height": 844})
+    for model in ("maps", "boxes"):
+        studio.choose(model)
+        studio.draw()
+        assert studio.page.evaluate("document.documentElement.scrollWidth") <= 390
+        tiny_studio.shoot(studio.page, f"narrow-{model}")

@@ -1,18 +1,31 @@
-"""Models that draw in milliseconds, for the studio's tests: untrained, but with weights that let conditions through."""
+"""Models that draw in milliseconds, for the studio's tests: untrained, but with weights that let conditions through.
+And a server for them, and a browser."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import uvicorn
 
 from limner import build
 from limner.config import RunConfig
 from limner.training.checkpoint import Checkpoints
 
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
+
+SHOTS = Path(os.environ.get("LIMNER_ARTIFACTS", ".artifacts")) / "studio"
+"""Where the page's tests leave their screenshots."""
 CLASSES = ("cat", "dog", "fish")
 
 
@@ -67,3 +80,47 @@ def map_recipe() -> RunConfig:
 def hole_recipe() -> RunConfig:
     """The same for painting in pictures."""
     return recipe([{"kind": "mask"}], classes=None)
+
+
+def box_recipe() -> RunConfig:
+    """The same by boxes."""
+    model = {"kind": "unet", "levels": [{"channels": 8, "cross_attention": 1}], "norm_groups": 4, "head_dim": 8}
+    section = {"kind": "boxes", "classes": ["car", "tree"], "width": 8, "depth": 1, "head_dim": 8}
+    return recipe([section], classes=None, model=model)
+
+
+@contextlib.contextmanager
+def live(app: Any, lifespan: Literal["on", "off"] = "on") -> Iterator[str]:
+    """A real server on a free port, in a thread; gives its address. lifespan: off leaves the engine open at the end."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        running = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan=lifespan, ws="none"))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        until(lambda: running.started)
+        yield f"http://localhost:{bound.getsockname()[1]}"
+        running.should_exit = True
+        thread.join(20)
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[BrowserContext]:
+    """Debian's Chromium, installed where it is missing; one context, so that pages share what they have loaded."""
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium")
+    if found is None:
+        subprocess.run(["apt-get", "update", "-q"], check=True)
+        subprocess.run(["apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"], check=True)
+        found = shutil.which("chromium")
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=found, args=options)
+        yield browser.new_context(viewport={"width": 1280, "height": 1000})
+        browser.close()
+
+
+def shoot(page: Any, name: str) -> None:
+    """Keep a picture of the whole page."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)

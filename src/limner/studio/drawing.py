@@ -47,9 +47,10 @@ def draw(generator: Generator, requests: Sequence[Request], guide: NoisyClassifi
          on_step: OnStep | None = None) -> list[list[Picture]]:  # fmt: skip
     """The pictures of each request; all requests have one `key`. Raises LimnerError, and whatever `on_step` raises."""
     num = sum(request.num for request in requests)
-    first = torch.cat([initial_noise(r.seed, r.numbers, generator.shape) for r in requests])
     settings = requests[0].settings
-    noises = StepNoises(requests, generator.shape, generator.schedule.path(settings.steps, settings.spacing).steps)
+    shape = generator.shape_for(requests[0].size, guide if requests[0].classifier else None)
+    first = torch.cat([initial_noise(r.seed, r.numbers, shape) for r in requests])
+    noises = StepNoises(requests, shape, generator.schedule.path(settings.steps, settings.spacing).steps)
     stream = generator.stream(
         num=num,
         batch=num,
@@ -75,9 +76,8 @@ def options_of(request: Request, guide: NoisyClassifier | None) -> dict[str, Any
     settings: dict[str, Any] = {field.name: getattr(request.settings, field.name) for field in fields(request.settings)}
     if request.classifier:
         settings["classifier"] = guide
-    if request.strength is not None:
-        settings["strength"] = request.strength
-    return settings
+    further = {"strength": request.strength, "size": request.size}
+    return settings | {name: value for name, value in further.items() if value is not None}
 
 
 def check(generator: Generator, request: Request, guide: NoisyClassifier | None) -> None:

@@ -15,6 +15,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
 from limner.core.types import OnStep, Step
 from limner.errors import LimnerError
 from limner.generator import Generator, to_uint8
@@ -28,6 +32,8 @@ from limner.studio.shelf import Shelf
 
 _log = logging.getLogger(__name__)
 LONGEST_RETRY_S = 120
+PREVIEW_SHARE = 0.15
+"""Of a drawing's time, what showing the forming pictures may take: they are decoded when there is some left."""
 
 
 class _Abandoned(Exception):
@@ -50,8 +56,8 @@ class Engine:
     # --- asking ---------------------------------------------------------------------------------------------------
 
     def request(self, *, model: str | None = None, num: int = 1, seed: int | None = None, first: int = 0,
-                conditions: Mapping[str, Any] | None = None, strength: float | None = None, previews: int = 0,
-                **settings: Any) -> Request:  # fmt: skip
+                conditions: Mapping[str, Any] | None = None, strength: float | None = None,
+                size: tuple[int, int] | None = None, previews: bool = False, **settings: Any) -> Request:  # fmt: skip
         """A request, checked and complete. seed: chosen at random where None. conditions: by option of
         `Generator.stream`. settings: by name, None for the run's own. Raises LimnerError for what doesn't fit."""
         name = self.shelf.named(model)
@@ -74,6 +80,7 @@ class Engine:
             previews,
             classifier=complete.classifier_scale > 0,
             strength=strength,
+            size=None if size == generator.config.data.size else size,
         )
         drawing.check(generator, made, guide)
         return made
@@ -112,9 +119,8 @@ class Engine:
         """What is needed to draw the request again, for its PNGs."""
         guide = self.shelf.guides.get(request.model) if request.classifier else None
         where = self.shelf.paths.get(request.model, request.model)
-        facts = facts_of(self.shelf.generators[request.model], where, request.settings, request.seed,
-                         None if guide is None else guide.digest)  # fmt: skip
-        return facts if request.strength is None else {**facts, "strength": request.strength}
+        return facts_of(self.shelf.generators[request.model], where, request.settings, request.seed,
+                        None if guide is None else guide.digest, request.strength, request.size)  # fmt: skip
 
     def settings(self, model: str) -> Settings:
         """The run's own settings."""
@@ -188,24 +194,31 @@ class Engine:
 
     def _teller(self, group: list[Job]) -> OnStep:
         """Tells each job of its progress after each step, and stops the sampler when nobody waits any more."""
-        began = time.monotonic()
+        began, spent_s = time.monotonic(), 0.0
 
         def tell(step: Step) -> None:
+            nonlocal spent_s
             self._expire()
             if self._closing or all(job.done.done() for job in group):
                 raise _Abandoned
-            left_s = (time.monotonic() - began) / step.index * (step.total - step.index)
+            now = time.monotonic()
+            left_s = (now - began) / step.index * (step.total - step.index)
+            shows = step.index < step.total and spent_s <= PREVIEW_SHARE * (now - began)
             start = 0
             for job in group:
                 num = job.request.num if isinstance(job.request, Request) else 0
-                previews = None
-                if isinstance(job.request, Request) and _shows(job.request.previews, step) and not job.done.done():
-                    generator = self.shelf.generators[job.request.model]
-                    previews = to_uint8(generator.decode(step.x0[start : start + num].float()))
+                previews = self._preview(job, step.x0[start : start + num]) if shows else None
                 job.tell(Progress(step.index, step.total, left_s, previews))
                 start += num
+            spent_s += time.monotonic() - now
 
         return tell
+
+    def _preview(self, job: Job, x0: Tensor) -> npt.NDArray[np.uint8] | None:
+        """The forming pictures of a job, for whom wants and still waits for them."""
+        if isinstance(job.request, Errand) or not job.request.previews or job.done.done():
+            return None
+        return to_uint8(self.shelf.generators[job.request.model].decode(x0.float()))
 
     def _expire(self) -> None:
         """End what has been given its time, and let go of what has ended while it waited."""
@@ -263,12 +276,6 @@ def _fits(group: list[Job], job: Job, room: int) -> bool:
     if isinstance(mine, Errand) or isinstance(first, Errand):
         return False
     return mine.num <= room and mine.key == first.key
-
-
-def _shows(previews: int, step: Step) -> bool:
-    """Whether the forming pictures are shown after this step: so many times, evenly, the last step aside."""
-    every = max(1, step.total // (previews + 1)) if previews else 0
-    return bool(every) and step.index % every == 0 and step.index < step.total
 
 
 def _sentence(error: Exception) -> str:

@@ -58,6 +58,7 @@ class Draw(Settings):
     """Limner's own form."""
 
     model: str | None = Field(None, description="default: the first")
+    size: str | None = Field(None, description="WIDTHxHEIGHT; default: the model's own")
     num: Number = 1
     first: Number = Field(0, description="number of the first picture")
     label: One | list[One] | None = Field(None, description="names or numbers; one, or one a picture in rotation")
@@ -76,7 +77,7 @@ class Generation(Settings):
     prompt: str = Field("", description="a caption, or a class by name or number, as the model has them")
     model: str | None = None
     n: Number | None = 1
-    size: str | None = Field(None, description="'auto', or the model's own, such as '64x64'")
+    size: str | None = Field(None, description="'auto', or WIDTHxHEIGHT, such as '64x64'")
     response_format: Literal["b64_json", "url"] | None = Field(None, description="url: as a data: URL; nothing is kept")
     negative_prompt: str | None = None
     # What other models' clients send, and what means nothing here:
@@ -158,7 +159,9 @@ def application(engine: Engine) -> FastAPI:
         as_url = asked.response_format == "url"
         shown = [Generated(url=f"data:image/png;base64,{each}") if as_url else Generated(b64_json=each)
                  for each in data]  # fmt: skip
-        return Generations(created=int(time.time()), data=shown, seed=drawing.seed, size=_size(engine, drawing.model))
+        return Generations(
+            created=int(time.time()), data=shown, seed=drawing.seed, size=_size(engine, drawing.model, drawing.size)
+        )
 
     @app.post("/api/draw", responses=_RESPONSES)
     async def draw(asked: Draw, request: Request) -> Drawings:
@@ -188,27 +191,25 @@ def _model(engine: Engine, name: str) -> dict[str, Any]:
             "classes": generator.classes, "size": _size(engine, name), "digest": generator.digest}  # fmt: skip
 
 
-def _size(engine: Engine, name: str) -> str:
-    height, width = engine.shelf.generators[name].config.data.size or (0, 0)
+def _size(engine: Engine, name: str, asked: tuple[int, int] | None = None) -> str:
+    height, width = asked or engine.shelf.generators[name].config.data.size or (0, 0)
     return f"{width}x{height}"
 
 
 def _of_limner(engine: Engine, asked: Draw) -> Drawing:
     name = engine.shelf.named(asked.model)
+    size = reading.size_of(asked.size, engine.shelf.generators[name], engine.limits)
     images = [asked.image] if isinstance(asked.image, str) else (asked.image or [])[: engine.limits.num]
     conditions: dict[str, Any] = {"label": asked.label, "text": asked.text, "negative_text": asked.negative_text}
     conditions["boxes"] = [asked.boxes] if asked.boxes else None
     conditions |= reading.told(engine.shelf.generators[name], engine.limits, image=images, mask=asked.mask,
-                               semantic_map=asked.semantic_map)  # fmt: skip
+                               semantic_map=asked.semantic_map, size=size)  # fmt: skip
     return engine.request(model=name, num=asked.num, first=asked.first, conditions=conditions, strength=asked.strength,
-                          **asked.chosen())  # fmt: skip
+                          size=size, **asked.chosen())  # fmt: skip
 
 
 def _of_openai(engine: Engine, asked: Generation) -> Drawing:
     name = engine.shelf.named(asked.model)
-    own = _size(engine, name)
-    if asked.size not in (None, "auto", own):
-        raise LimnerError(f"size {asked.size}: {name} draws {own}; leave it out, or say 'auto'")
     kinds = engine.shelf.generators[name].modalities
     kind = "text" if "text" in kinds else "label" if "label" in kinds else None
     if kind is None and asked.prompt.strip():
@@ -216,7 +217,8 @@ def _of_openai(engine: Engine, asked: Generation) -> Drawing:
     conditions = {kind: asked.prompt} if kind and asked.prompt.strip() else {}
     conditions |= {"negative_text": asked.negative_prompt} if asked.negative_prompt else {}
     num = 1 if asked.n is None else asked.n
-    return engine.request(model=name, num=num, conditions=conditions, **asked.chosen())
+    size = reading.size_of(asked.size, engine.shelf.generators[name], engine.limits)
+    return engine.request(model=name, num=num, conditions=conditions, size=size, **asked.chosen())
 
 
 async def _drawn(engine: Engine, drawing: Drawing, request: Request) -> tuple[Sequence[Picture], float]:

@@ -45,7 +45,7 @@ class Request:
     """Pictures to draw, checked and complete.
 
     conditions: by option of `Generator.stream`, one value for each of the `num` pictures (a list, an array or a
-    tensor). strength: as for `Generator.stream`. previews: how many times the
+    tensor). strength, size: as for `Generator.stream`, size None for the model's own. previews: whether the
     forming pictures are shown. classifier: whether the model's guide acts.
     """
 
@@ -55,9 +55,10 @@ class Request:
     first: int
     conditions: Mapping[str, Any]
     settings: Settings
-    previews: int = 0
+    previews: bool = False
     classifier: bool = False
     strength: float | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def numbers(self) -> range:
@@ -68,7 +69,7 @@ class Request:
     def key(self) -> Any:
         """Requests with equal keys can be drawn together."""
         shapes = [(name, _shapes(value)) for name, value in sorted(self.conditions.items())]
-        return self.model, self.settings, self.classifier, self.strength, shapes
+        return self.model, self.settings, self.classifier, self.strength, self.size, shapes
 
 
 def _shapes(values: Any) -> Any:

@@ -1,31 +1,24 @@
-"""Conditions that are painted or uploaded: a semantic map, boxes, a small picture, a picture to paint in."""
+"""Conditions that are painted, dragged or uploaded: a semantic map, boxes, a small picture, a picture to start from."""
 
 from __future__ import annotations
 
-import colorsys
 from typing import Any
 
 import gradio as gr
 import numpy as np
-import numpy.typing as npt
-import pandas as pd
 from PIL import Image
 
-from limner.data.transforms import fitted
+from limner.data.overlays import class_numbers, refuse_classes
+from limner.data.transforms import PictureError, fitted
 from limner.errors import LimnerError
 from limner.generator import Generator
 from limner.redraw import Repeat
-from limner.studio.reading import as_told
+from limner.studio import reading
+from limner.studio.limits import Limits
+from limner.studio.page import boards, markup
+from limner.studio.reading import Size, as_told
 
-CANVAS = 320
-"""Pixels on the page that a canvas' longer side has."""
-Editor = dict[str, Any] | None
-
-
-def palette(count: int) -> npt.NDArray[np.uint8]:
-    """(count, 3) colours that are told apart: the golden angle in hue, in three lightnesses."""
-    values = [colorsys.hls_to_rgb(0.618034 * k % 1, (0.45, 0.65, 0.3)[k % 3], 0.75) for k in range(count)]
-    return (np.array(values).reshape(-1, 3) * 255).round().astype(np.uint8)
+VARY, MARKED = "Vary all of it", "Draw the marked part anew"
 
 
 def section_of(generator: Generator, kind: str) -> Any:
@@ -33,155 +26,144 @@ def section_of(generator: Generator, kind: str) -> Any:
     return next(section for section in generator.config.conditions if section.kind == kind)
 
 
-def canvas_of(generator: Generator) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) of the model's pictures, and (width, height) of a canvas on the page, a multiple of it."""
-    height, width = generator.config.data.size or (64, 64)
-    scale = max(1, CANVAS // max(height, width))
-    return (height, width), (width * scale, height * scale)
+def size_of(generator: Generator) -> Size:
+    """(height, width) of the pictures that the model learnt from."""
+    return generator.config.data.size or (64, 64)
 
 
 class SemanticMap:
-    """A canvas, a brush for each class in its own colour, and the classes' names beside their colours."""
+    """A canvas with the classes' names and colours, brush and fill."""
 
-    def __init__(self, generator: Generator) -> None:
-        self.size, canvas = canvas_of(generator)
-        classes: tuple[str, ...] = tuple(section_of(generator, "semantic_map").classes or ())
-        self.colours = palette(len(classes))
-        codes = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in self.colours.tolist()]
-        brush = gr.Brush(max(canvas) // 12, list(codes), codes[min(1, len(codes) - 1)], "fixed")
-        self.editor = gr.ImageEditor(
-            Image.new("RGB", canvas, codes[0]),
-            label="Semantic map",
-            type="pil",
-            image_mode="RGB",
-            format="png",
-            sources=("upload",),
-            transforms=(),
-            layers=False,
-            canvas_size=canvas,
-            fixed_canvas=True,
-            height=canvas[1] + 120,
-            brush=brush,
-            eraser=gr.Eraser(default_size=max(canvas) // 12),
-            buttons=[],
-            elem_classes="limner-map",
-        )  # fmt: skip
-        with gr.Row():
-            fill = gr.Dropdown(list(classes), value=next(iter(classes), None), label="Fill everything with", scale=3)
-            button = gr.Button("Fill", scale=1, min_width=60)
-        legend = "".join(f'<li><span style="background:{code}"></span>{_escaped(name)}</li>'
-                         for code, name in zip(codes, classes, strict=True))  # fmt: skip
-        gr.HTML(f'<ul class="limner-legend" aria-label="colours of the classes">{legend}</ul>')
-        whole = {name: Image.new("RGB", canvas, code) for name, code in zip(classes, codes, strict=True)}
-        button.click(lambda name: _painted(whole.get(name)), fill, self.editor, api_visibility="private", queue=False)
-        self.canvas = canvas
-        self.components: list[Any] = [self.editor]
+    def __init__(self, generator: Generator, limits: Limits) -> None:
+        self.size, self.limits = size_of(generator), limits
+        self.classes: tuple[str, ...] = tuple(section_of(generator, "semantic_map").classes or ())
+        board = boards.class_board(self.classes, self.size)
+        upload = gr.UploadButton("Map from a PNG of class numbers", file_types=[".png"], type="binary", size="sm")
+        wrong = gr.HTML(elem_classes="limner-said")
+        upload.upload(self._read, upload, [board, wrong], api_visibility="private")
+        self.components: list[Any] = [board]
 
-    def options(self, *values: Any) -> dict[str, Any]:
-        composite = (values[0] or {}).get("composite")
-        if composite is None:
+    def _read(self, raw: bytes) -> tuple[Any, str]:
+        try:
+            reading.decoded(raw, "semantic_map", self.limits)  # its bounds
+            numbers = class_numbers(raw)
+            refuse_classes(np.asarray(numbers), len(self.classes) or None)
+        except (LimnerError, PictureError) as error:
+            return gr.skip(), markup.wrong(error)
+        return boards.told(np.asarray(fitted(numbers, self.size, Image.Resampling.NEAREST))), ""
+
+    def options(self, canvas: Size, *values: Any) -> dict[str, Any]:
+        if values[0] is None:
             return {}
-        pixels = np.asarray(fitted(composite.convert("RGB"), self.size, Image.Resampling.NEAREST)).astype(int)
-        distance = np.abs(pixels[:, :, None] - self.colours.astype(int)).sum(-1)
-        return {"semantic_map": Image.fromarray(distance.argmin(-1).astype(np.uint8))}
+        numbers = Image.fromarray(boards.cells_of(values[0], "semantic_map", self.limits))
+        return {"semantic_map": fitted(numbers, canvas, Image.Resampling.NEAREST)}
 
     def restore(self, repeat: Repeat) -> list[Any]:
         maps = repeat.conditions.get("semantic_map")
         if not maps:
-            return [gr.skip()]
-        image = Image.fromarray(self.colours[np.asarray(maps[0])])
-        return [_painted(image.resize(self.canvas, Image.Resampling.NEAREST))]
+            return [None]
+        return [boards.told(np.asarray(maps[0]))]
 
 
 class Boxes:
-    """A table: the class of each box, and where it lies, in hundredths of the canvas."""
+    """Boxes dragged on a canvas, each of a class."""
 
-    def __init__(self, generator: Generator) -> None:
-        self.names = tuple(section_of(generator, "boxes").classes or ())
-        known = ", ".join(self.names[:20])
-        gr.Markdown(f"Boxes: a class ({_escaped(known)}), then left, top, width and height in percent.")
-        self.components: list[Any] = [
-            gr.Dataframe([[self.names[0] if self.names else 0, 25, 25, 50, 50]], label="Boxes", type="array",
-                         headers=["class", "left", "top", "width", "height"], interactive=True, column_count=5,
-                         datatype=["str", "number", "number", "number", "number"], elem_classes="limner-boxes")
-        ]  # fmt: skip
+    def __init__(self, generator: Generator, _: Limits) -> None:
+        names = tuple(section_of(generator, "boxes").classes or ())
+        self.components: list[Any] = [boards.box_board(names, size_of(generator))]
 
-    def options(self, *values: Any) -> dict[str, Any]:
-        rows = [row for row in (values[0] if values[0] is not None else []) if str(row[0] or "").strip()]
-        try:
-            layout = [(str(kind).strip(), *(float(value) / 100 for value in span)) for kind, *span in rows]
-        except (TypeError, ValueError):
-            raise LimnerError("boxes: left, top, width and height should be numbers") from None
-        return {"boxes": [layout]} if layout else {}
+    def options(self, canvas: Size, *values: Any) -> dict[str, Any]:
+        boxes = values[0] or []
+        if not isinstance(boxes, list) or not all(isinstance(box, list | tuple) for box in boxes):
+            raise LimnerError("boxes: should be a list of [class, x, y, w, h]")
+        return {"boxes": [[tuple(box) for box in boxes]]} if boxes else {}
 
     def restore(self, repeat: Repeat) -> list[Any]:
         layouts = repeat.conditions.get("boxes") or [[]]
-        rows = [[kind, *(round(100 * value, 2) for value in span)] for kind, *span in layouts[0]]
-        return [pd.DataFrame(rows, columns=pd.Index(["class", "left", "top", "width", "height"]))]
+        return [[list(box) for box in layouts[0]]]
 
 
 class Small:
-    """A picture to enlarge, or to vary."""
+    """A picture to enlarge, or to vary; with a strength below 1 drawing starts from it, noised so far."""
 
-    def __init__(self, generator: Generator) -> None:
-        kinds = generator.modalities
+    def __init__(self, generator: Generator, _: Limits) -> None:
         self.generator = generator
-        self.size = section_of(generator, "image").size if "image" in kinds else canvas_of(generator)[0]
-        label = "Small picture to enlarge" if "image" in kinds else "Picture to vary"
-        self.components: list[Any] = [gr.Image(label=label, type="pil", sources=["upload", "clipboard"], height=220,
-                                               image_mode="RGB", buttons=[], format="png")]  # fmt: skip
+        label = "Small picture to enlarge" if "image" in generator.modalities else "Picture to vary"
+        image = gr.Image(label=label, type="pil", sources=["upload", "clipboard"], height=220, image_mode="RGB",
+                         buttons=[], format="png")  # fmt: skip
+        strength = _strength("1 draws from noise alone; less starts from the picture, and keeps more of it.")
+        self.components: list[Any] = [image, strength]
 
-    def options(self, *values: Any) -> dict[str, Any]:
-        return {} if values[0] is None else {"image": as_told(self.generator, values[0], self.size)}
+    def options(self, canvas: Size, *values: Any) -> dict[str, Any]:
+        image, strength = values
+        if image is None:
+            return {}
+        found: dict[str, Any] = {"image": as_told(self.generator, image, reading.small_of(self.generator, canvas))}
+        return found if strength is None or strength >= 1 else {**found, "strength": strength}
 
     def restore(self, repeat: Repeat) -> list[Any]:
         found = repeat.conditions.get("image")
-        return [found[0].convert("RGB") if found else None]
+        return [found[0].convert("RGB") if found else None, 1.0 if repeat.strength is None else repeat.strength]
 
 
-class Inpaint:
-    """A picture, and what is painted over it is drawn anew."""
+class Start:
+    """A picture to paint in, where it is marked, or to vary as a whole (SDEdit). Every model can."""
 
-    def __init__(self, generator: Generator) -> None:
-        self.generator = generator
-        self.size, self.canvas = canvas_of(generator)
-        self.components: list[Any] = [
-            gr.ImageEditor(label="Picture to paint in: upload it, then paint over what is to be drawn anew", type="pil",
-                           image_mode="RGBA", format="png", sources=("upload", "clipboard"), transforms=(),
-                           layers=False, canvas_size=self.canvas, height=self.canvas[1] + 120, buttons=[],
-                           brush=gr.Brush(default_size=max(self.canvas) // 8, colors=["#ff00ff"], color_mode="fixed"),
-                           eraser=gr.Eraser(), elem_classes="limner-inpaint")
-        ]  # fmt: skip
+    def __init__(self, generator: Generator, limits: Limits) -> None:
+        self.generator, self.limits, self.size = generator, limits, size_of(generator)
+        self.usual = (MARKED, 1.0) if "mask" in generator.modalities else (VARY, 0.6)
+        with gr.Row():
+            upload = gr.UploadButton("Choose a picture", file_types=["image"], type="binary", size="sm",
+                                     elem_classes="limner-start-from")  # fmt: skip
+            drop = gr.Button("No picture", size="sm")
+        self.wrong = gr.HTML(elem_classes="limner-said")
+        self.board = boards.hole_board(self.size)
+        self.how = gr.Radio([MARKED, VARY], value=self.usual[0], label="What to do with it")
+        self.strength = _strength("How much to change: 1 keeps nothing.", self.usual[1])
+        self.components: list[Any] = [self.board, self.how, self.strength]
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        upload.upload(self._read, upload, [self.board, self.wrong], **quiet)
+        drop.click(lambda: (self.below(None), ""), None, [self.board, self.wrong], queue=False, **quiet)
+        self.how.input(lambda how: 1.0 if how == MARKED else 0.6, self.how, self.strength, queue=False, **quiet)
 
-    def options(self, *values: Any) -> dict[str, Any]:
-        background, layers = (values[0] or {}).get("background"), (values[0] or {}).get("layers") or []
-        if background is None or not np.asarray(background.convert("RGBA"))[..., 3].any():
+    def _read(self, raw: bytes) -> tuple[Any, str]:
+        try:
+            return self.below(reading.decoded(raw, "the picture", self.limits)), ""
+        except LimnerError as error:
+            return gr.skip(), markup.wrong(error)
+
+    def below(self, picture: Image.Image | None) -> dict[str, Any]:
+        """The board's value with this picture and nothing marked. A large picture is kept at twice the model's size,
+        for a canvas of that size."""
+        if picture is not None:
+            height, width = self.size
+            large = picture.height >= 2 * height and picture.width >= 2 * width
+            picture = as_told(self.generator, picture, (2 * height, 2 * width) if large else self.size)
+        return boards.told(np.zeros(self.size, np.uint8), picture)
+
+    def options(self, canvas: Size, *values: Any) -> dict[str, Any]:
+        board, how, strength = values
+        shown = board.get("picture") if isinstance(board, dict) else None
+        if not isinstance(shown, str):
             return {}
-        painted = np.zeros((background.height, background.width), np.uint8)
-        for layer in layers:
-            alpha = layer.convert("RGBA").resize(background.size).getchannel("A")
-            painted = np.maximum(painted, np.asarray(alpha))
-        if not painted.any():
-            raise LimnerError("mask: nothing is painted over; paint over what is to be drawn anew")
-        levels = np.asarray(fitted(Image.fromarray(painted), self.size))
-        mask = Image.fromarray(np.where(levels >= 128, 255, 0).astype(np.uint8))
-        return {"image": as_told(self.generator, background, self.size), "mask": mask}
+        picture = as_told(self.generator, reading.picture(shown, "image", self.limits), canvas)
+        if how == VARY:
+            return {"image": picture, "strength": strength}
+        marked = boards.cells_of(board, "mask", self.limits) > 0
+        if not marked.any():
+            raise LimnerError("mask: nothing is marked; paint over what is to be drawn anew")
+        mask = fitted(Image.fromarray(np.where(marked, 255, 0).astype(np.uint8)), canvas, Image.Resampling.NEAREST)
+        found = {"image": picture, "mask": mask}
+        return found if strength is None or strength >= 1 else {**found, "strength": strength}
 
     def restore(self, repeat: Repeat) -> list[Any]:
         image, mask = repeat.conditions.get("image"), repeat.conditions.get("mask")
-        if not image or not mask:
-            return [None]
-        large, hole = (
-            each.resize(self.canvas, Image.Resampling.NEAREST) for each in (image[0].convert("RGB"), mask[0])
-        )
-        layer = Image.new("RGBA", self.canvas, (255, 0, 255, 255))
-        layer.putalpha(hole.convert("L"))
-        return [{"background": large, "layers": [layer], "composite": None}]
+        if not image:
+            return [self.below(None), *self.usual]
+        marked = np.asarray(mask[0].convert("L")) >= 128 if mask else np.zeros(self.size, bool)
+        strength = 1.0 if repeat.strength is None else repeat.strength
+        return [boards.told(marked, image[0]), MARKED if mask else VARY, strength]
 
 
-def _painted(image: Image.Image | None) -> Any:
-    return gr.skip() if image is None else {"background": image, "layers": [], "composite": image}
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+def _strength(info: str, value: float = 1.0) -> gr.Slider:
+    return gr.Slider(0.05, 1, value, step=0.05, label="Strength", info=info)

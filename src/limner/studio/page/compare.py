@@ -15,8 +15,8 @@ from limner.studio.engine import Engine
 from limner.studio.jobs import Cancelled, Job, Request
 from limner.studio.page import markup
 from limner.studio.page.controls import Controls
-from limner.studio.page.draw import wrong
 from limner.studio.page.sessions import Sessions
+from limner.studio.reading import size_of
 
 MOST = 8
 """Values of an axis."""
@@ -78,7 +78,7 @@ class Compare:
         except Cancelled:
             yield markup.status("Stopped."), gr.skip()
         except LimnerError as error:
-            yield wrong(error), gr.skip()
+            yield markup.wrong(error), gr.skip()
 
     def _values(self, axis: str, text: str) -> list[Any]:
         """The values of an axis. Raises LimnerError for one that the axis doesn't take, for none and for too many."""
@@ -101,8 +101,13 @@ class Compare:
         if axis == NOTHING:
             return options
         key = self.axes[axis][2]
-        if key in ("label", "text"):
+        if key in ("label", "text", "negative_text"):
             return options | {"conditions": {**options["conditions"], key: value}}
+        if key == "size":
+            value = size_of(value, self.controls.generator, self.engine.limits)
+        if key in ("low", "high"):
+            low, high = options["interval"]
+            return options | {"interval": (value, high) if key == "low" else (low, value)}
         return options | {key: value}
 
     def _cell(self, job: Job, wanted: Request) -> str:
@@ -135,10 +140,18 @@ def _axes(engine: Engine, controls: Controls) -> dict[str, tuple[Callable[[str],
         numbers["Class"] = (str, "\n".join(classes[:4]), "label")
     if "text" in kinds:
         numbers["Caption"] = (str, "", "text")
+        numbers["Not this"] = (str, "", "negative_text")
     numbers["Solver"] = (str, ", ".join(list(SAMPLERS)[:4]), "sampler")
     numbers["Spacing"] = (str, ", ".join(SPACINGS[:4]), "spacing")
     if kinds:
         numbers["Rescale"] = (float, "0, 0.35, 0.7", "rescale")
+        numbers["Guide from time"] = (float, "0, 0.2, 0.4", "low")
+        numbers["Guide up to time"] = (float, "0.6, 0.8, 1", "high")
+    numbers["Eta"] = (float, "0, 0.5, 1", "eta")
+    if controls.name in engine.shelf.guides:
+        numbers["Classifier guidance"] = (float, "0, 1, 2, 4", "classifier_scale")
+    numbers["Strength"] = (float, "0.3, 0.5, 0.7, 0.9", "strength")
+    numbers["Size"] = (str, ", ".join(controls.sizes[:3]), "size")
     if len(engine.shelf.generators) > 1:
         numbers["Model"] = (str, "\n".join(list(engine.shelf.generators)[:MOST]), "model")
     return numbers

@@ -23,8 +23,6 @@ from limner.studio.page.sessions import Sessions
 
 KEPT = 48
 """Pictures that an open page keeps; the oldest go."""
-PREVIEWS = 10
-"""Times that the forming pictures are shown."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,15 @@ class Draw:
             with gr.Column(scale=3, min_width=280):
                 self.status = gr.HTML(markup.status("Ready."), elem_classes="limner-told")
                 self.forming = gr.HTML("", elem_classes="limner-forming")
-                self.gallery = gr.Gallery(label="Pictures, the newest first", columns=4, format="png",
+                self.gallery = gr.Gallery(label="Pictures, the newest first", show_label=False, columns=4, format="png",
                                           object_fit="contain", height="auto", elem_classes="limner-gallery",
                                           buttons=["download", "fullscreen"], interactive=False)  # fmt: skip
                 with gr.Row():
-                    self.take = gr.Button("Use this recipe", interactive=False, elem_classes="limner-take")
-                    self.upload = gr.UploadButton("Recipe from a PNG", file_types=[".png"], type="binary")
-                self.recipe = gr.JSON(label="Recipe of the chosen picture", elem_classes="limner-recipe")
+                    self.take = gr.Button("Use this recipe", interactive=False, size="sm", elem_classes="limner-take")
+                    self.onward = gr.Button("Start from this picture", interactive=False, size="sm",
+                                            visible=self.controls.start is not None)  # fmt: skip
+                    self.upload = gr.UploadButton("Recipe from a PNG", file_types=[".png"], type="binary", size="sm")
+                self.recipe = gr.JSON(label="Recipe of the chosen picture", visible=False, elem_classes="limner-recipe")
         self.kept, self.chosen = gr.State([]), gr.State(None)
         self._wire()
 
@@ -73,15 +73,19 @@ class Draw:
         self.start.click(self._draw, [self.kept, *self.controls.components], shown, concurrency_limit=None,
                          show_progress="hidden", api_name=f"draw_{self.name}")  # fmt: skip
         self.stop.click(self.sessions.stop, None, None, queue=False, api_visibility="private")
-        self.gallery.select(self._choose, self.kept, [self.recipe, self.chosen, self.take], api_visibility="private")
+        chosen = [self.recipe, self.chosen, self.take, self.onward]
+        self.gallery.select(self._choose, self.kept, chosen, api_visibility="private")
         given = [self.status, *self.controls.components]
         self.take.click(self._give_back, self.chosen, given, api_visibility="private")
         self.upload.upload(self._read, self.upload, given, api_visibility="private")
+        if self.controls.start is not None:
+            below = [self.status, self.controls.start.board]
+            self.onward.click(self._start_from, self.chosen, below, api_visibility="private")
 
     def _draw(self, request: gr.Request, kept: list[Kept], *values: Any) -> Iterator[tuple[Any, ...]]:
         try:
             asked = self.controls.asked(values)
-            wanted = self.engine.request(model=self.name, previews=PREVIEWS, **asked.options)
+            wanted = self.engine.request(model=self.name, previews=True, **asked.options)
             job = self.engine.submit(wanted)
             with self.sessions.holding(request, job):
                 for progress in job.events():
@@ -93,16 +97,21 @@ class Draw:
         except Cancelled:
             yield markup.status("Stopped."), "", gr.skip(), gr.skip()
         except LimnerError as error:
-            yield wrong(error), "", gr.skip(), gr.skip()
+            yield markup.wrong(error), "", gr.skip(), gr.skip()
 
     def _choose(self, kept: list[Kept], event: gr.SelectData) -> tuple[Any, ...]:
         if not isinstance(event.index, int) or event.index >= len(kept):
-            return gr.skip(), gr.skip(), gr.skip()
-        facts = kept[event.index].facts
-        return facts, facts, gr.Button(interactive=True)
+            return (gr.skip(),) * 4
+        chosen = kept[event.index]
+        return gr.JSON(chosen.facts, visible=True), chosen, gr.Button(interactive=True), gr.Button(interactive=True)
 
-    def _give_back(self, facts: dict[str, Any] | None) -> list[Any]:
-        return self._restored(lambda: Repeat.of(facts))
+    def _give_back(self, chosen: Kept | None) -> list[Any]:
+        return self._restored(lambda: Repeat.of(None if chosen is None else chosen.facts))
+
+    def _start_from(self, chosen: Kept | None) -> tuple[Any, Any]:
+        if chosen is None or self.controls.start is None:
+            return markup.status("Choose a picture first."), gr.skip()
+        return markup.status("It lies below 'Start from a picture'."), self.controls.start.below(chosen.image)
 
     def _read(self, file: bytes | None) -> list[Any]:
         return self._restored(lambda: Repeat.read(io.BytesIO(file or b""), "the file"))
@@ -112,7 +121,7 @@ class Draw:
         try:
             return [markup.status("The controls are as they were for this picture."), *self.controls.restore(find())]
         except LimnerError as error:
-            return [wrong(error), *([gr.skip()] * len(self.controls.components))]
+            return [markup.wrong(error), *([gr.skip()] * len(self.controls.components))]
 
 
 def told(progress: Progress | None, waiting: int) -> str:
@@ -132,9 +141,3 @@ def forming(progress: Progress | None) -> Any:
     said = f"step {progress.step} of {progress.total}"
     pictures = [markup.image(each, f"forming picture {k + 1}, {said}") for k, each in enumerate(progress.previews)]
     return markup.row(pictures, "pictures while they form")
-
-
-def wrong(error: LimnerError) -> str:
-    """An error as a sentence."""
-    text = str(error)
-    return markup.status(f"{text[:1].upper()}{text[1:]}.", wrong=True)

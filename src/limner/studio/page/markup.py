@@ -62,6 +62,12 @@ def status(text: str, done: float | None = None, *, wrong: bool = False) -> str:
     return f'<div class="{kind}" role="{role}">{escape(text)}{bar}</div>'
 
 
+def wrong(error: Exception) -> str:
+    """An error as a sentence."""
+    text = str(error)
+    return status(f"{text[:1].upper()}{text[1:]}.", wrong=True)
+
+
 def table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], corner: str, caption: str) -> str:
     """A table of cells that are HTML already, with headings that are not."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
@@ -81,28 +87,3 @@ def seconds(value: float) -> str:
         return f"{whole} s"
     minutes = whole // 60
     return f"{minutes} min {whole % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-CSS = """
-.limner-picture { image-rendering: pixelated; border-radius: 4px; background: #fff; display: block; }
-.limner-figure { margin: 0; display: inline-block; vertical-align: top; }
-.limner-figure figcaption { font-size: 0.85rem; max-width: 9rem; overflow-wrap: anywhere; }
-.limner-figure figcaption { color: var(--body-text-color); }
-.limner-legend { display: flex; flex-wrap: wrap; gap: 0.3rem 0.9rem; list-style: none; padding: 0; margin: 0; }
-.limner-legend li { color: var(--body-text-color); }
-.limner-legend span { display: inline-block; width: 1em; height: 1em; margin-right: 0.35em; vertical-align: -0.1em; }
-.limner-gallery img { image-rendering: pixelated; }
-@media (max-width: 640px) { .limner-gallery .grid-container { grid-template-columns: repeat(2, 1fr) !important; } }
-.limner-sheet { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
-.limner-row { display: flex; flex-wrap: wrap; gap: 0.6rem; margin: 0.4rem 0; }
-.limner-strip { overflow-x: auto; white-space: nowrap; padding: 0.3rem 0; }
-.limner-strip .limner-figure { margin-right: 0.5rem; }
-.limner-strip figcaption { white-space: normal; }
-.limner-grid { border-collapse: collapse; }
-.limner-grid caption { text-align: left; padding-bottom: 0.4rem; }
-.limner-grid th, .limner-grid td { padding: 0.25rem 0.4rem; text-align: center; color: var(--body-text-color); }
-.limner-status progress { width: 100%; margin-top: 0.3rem; accent-color: var(--color-accent); }
-.limner-status, .limner-wrong { min-height: 1.6rem; color: var(--body-text-color); }
-.limner-wrong { border-left: 4px solid #d03030; padding: 0.3rem 0.6rem; }
-:focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
-"""

@@ -10,7 +10,9 @@ import gradio as gr
 
 from limner.generator import Generator
 from limner.redraw import Repeat
-from limner.studio.page.canvases import Boxes, Inpaint, SemanticMap, Small
+from limner.studio.limits import Limits
+from limner.studio.page.canvases import Boxes, SemanticMap, Small, Start
+from limner.studio.reading import Size
 
 CHIPS = 40
 """Classes up to which each is a chip; more of them are searched in a list."""
@@ -21,10 +23,11 @@ class Modality(Protocol):
 
     components: list[Any]
 
-    def __init__(self, generator: Generator) -> None: ...
+    def __init__(self, generator: Generator, limits: Limits, /) -> None: ...
 
-    def options(self, *values: Any) -> dict[str, Any]:
-        """Options of `Generator.stream` from the controls' values; what is left empty is not among them."""
+    def options(self, canvas: Size, *values: Any) -> dict[str, Any]:
+        """Options of `Generator.stream` from the controls' values, pictures fitted to a canvas of this (height, width);
+        what is left empty is not among them."""
         ...
 
     def restore(self, repeat: Repeat) -> list[Any]:
@@ -35,7 +38,7 @@ class Modality(Protocol):
 class Label:
     """Classes as chips, several of them in rotation; none stands for all."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, _: Limits) -> None:
         self.classes = generator.classes
         words: dict[str, Any] = {"label": "Classes", "info": "Several are drawn in turn; none chosen means every one."}
         if len(self.classes) <= CHIPS:
@@ -44,7 +47,7 @@ class Label:
             chosen = gr.Dropdown(list(self.classes), multiselect=True, filterable=True, **words)
         self.components: list[Any] = [chosen]
 
-    def options(self, *values: Any) -> dict[str, Any]:
+    def options(self, canvas: Size, *values: Any) -> dict[str, Any]:
         (chosen,) = values
         return {"label": list(chosen)} if chosen else {}
 
@@ -56,13 +59,13 @@ class Label:
 class Text:
     """A caption, or several, one a line; and what the picture should not be, where the model's guidance knows that."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, _: Limits) -> None:
         caption = gr.Textbox(label="Caption", lines=2, max_lines=6, info="One a line; several are drawn in turn.")
         self.components: list[Any] = [caption]
         if "negative_text" in inspect.signature(generator.stream).parameters:
             self.components.append(gr.Textbox(label="Not this", info="A caption to lead away from."))
 
-    def options(self, *values: Any) -> dict[str, Any]:
+    def options(self, canvas: Size, *values: Any) -> dict[str, Any]:
         captions = [line.strip() for line in (values[0] or "").splitlines() if line.strip()]
         found: dict[str, Any] = {"text": captions} if captions else {}
         if len(values) > 1 and (values[1] or "").strip():
@@ -82,7 +85,7 @@ MODALITIES: dict[str, type[Modality]] = {
     "boxes": Boxes,
     "image": Small,
     "variation": Small,
-    "mask": Inpaint,
+    "mask": Start,
 }
 """By the kind of the condition in the recipe."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,13 +12,13 @@ from fastapi import FastAPI
 from gradio.themes import Base
 
 from limner.studio.engine import Engine
-from limner.studio.page import markup
 from limner.studio.page.compare import Compare
 from limner.studio.page.draw import Draw
 from limner.studio.page.sessions import Sessions
 from limner.studio.page.understand import Understand
 from limner.studio.page.watch import Watch
 
+STYLE = Path(__file__).with_name("page.css")
 CACHE_S = 3600
 """How long files of the page are kept."""
 
@@ -28,7 +29,7 @@ def mount(app: FastAPI, engine: Engine) -> FastAPI:
     look = Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme = look.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     return gr.mount_gradio_app(
-        app, build(engine), path="/", theme=theme, css=markup.CSS, footer_links=[], ssr_mode=False, show_error=False,
+        app, build(engine), path="/", theme=theme, css_paths=[STYLE], footer_links=[], ssr_mode=False, show_error=False,
         max_file_size=engine.limits.upload, mcp_server=False, pwa=False, enable_monitoring=False,
     )  # fmt: skip
 

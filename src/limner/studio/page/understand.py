@@ -14,7 +14,7 @@ from limner.studio.insight import Insight, Memory, insight, overlaid
 from limner.studio.jobs import Cancelled
 from limner.studio.page import markup
 from limner.studio.page.controls import Controls
-from limner.studio.page.draw import told, wrong
+from limner.studio.page.draw import told
 from limner.studio.page.sessions import Sessions
 
 SIDE = 96
@@ -56,7 +56,7 @@ class Understand:
         except Cancelled:
             yield markup.status("Stopped."), *([gr.skip()] * 4)
         except LimnerError as error:
-            yield wrong(error), *([gr.skip()] * 4)
+            yield markup.wrong(error), *([gr.skip()] * 4)
 
     def _near(self, pixels: np.ndarray | None) -> Iterator[tuple[Any, Any]]:
         if pixels is None:
@@ -66,7 +66,7 @@ class Understand:
         try:
             found = self.memory.nearest(pixels)
         except LimnerError as error:
-            yield wrong(error), gr.skip()
+            yield markup.wrong(error), gr.skip()
             return
         figures = [markup.figure(markup.image(pixels, "the picture drawn", side=SIDE), "drawn")]
         figures += [markup.figure(markup.image(each, f"training picture {k + 1} in nearness", side=SIDE), f"{far:.2f}")

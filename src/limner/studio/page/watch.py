@@ -12,7 +12,6 @@ import pandas as pd
 
 from limner.errors import LimnerError
 from limner.studio.page import markup
-from limner.studio.page.draw import wrong
 from limner.studio.watching import Watched, watch
 
 EVERY_S = 2.0
@@ -53,7 +52,7 @@ class Watch:
             found = watch(self.runs[name])
         except (KeyError, LimnerError) as error:
             said = error if isinstance(error, LimnerError) else LimnerError(f"run '{name}': there is none such here")
-            return wrong(said), *([gr.skip()] * 6)
+            return markup.wrong(said), *([gr.skip()] * 6)
         now = (name, len(found.lines), found.lines[-1]["images"] if found.lines else 0, len(found.previews))
         if seen is not None and tuple(seen) == now:
             return _told(found), *([gr.skip()] * 6)

@@ -1,0 +1,102 @@
+"""The studio's pictures in the documentation, made anew: python docs/images/studio-shots.py RUN [--only NAME ...]
+
+RUN: a model of captions or classes. A run that has previews gives the picture of Watch too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from limner.studio.server import prepare
+
+HERE = Path(__file__).parent
+PATIENCE_MS = 600_000
+CAPTIONS = "a red heart\ngrinning cat face\na slice of pizza\na blue car"
+
+
+def drawn(page: Page) -> None:
+    """Fill the caption in, where there is one, and draw."""
+    caption = page.get_by_label("Caption").locator("visible=true")
+    if caption.count():
+        caption.first.fill(CAPTIONS)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator(".limner-gallery img").first.wait_for()
+
+
+def draw(page: Page) -> None:
+    drawn(page)
+    page.locator(".limner-gallery img").first.click()
+    page.locator(".limner-recipe").wait_for()
+
+
+def compare(page: Page) -> None:
+    drawn(page)
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator(".limner-compared td img").nth(8).wait_for()
+
+
+def understand(page: Page) -> None:
+    drawn(page)
+    page.get_by_role("tab", name="Understand").click()
+    page.get_by_role("button", name="Look", exact=True).click()
+    page.locator(".limner-way img").first.wait_for()
+
+
+def watch(page: Page) -> None:
+    page.get_by_role("tab", name="Watch").click()
+    page.locator(".limner-preview img").wait_for()
+
+
+SHOTS: dict[str, tuple[Callable[[Page], None], dict[str, Any]]] = {
+    "draw": (draw, {}),
+    "narrow-dark": (drawn, {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}),
+    "compare": (compare, {}),
+    "understand": (understand, {}),
+    "watch": (watch, {}),
+}
+
+
+def shoot(browser: Browser, address: str, name: str) -> None:
+    use, options = SHOTS[name]
+    page = browser.new_page(**{"viewport": {"width": 1280, "height": 800}, **options})
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(address)
+    use(page)
+    page.wait_for_timeout(1000)
+    page.screenshot(path=HERE / f"studio-{name}.png", full_page=True)
+    page.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--only", nargs="+", choices=list(SHOTS))
+    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    asked = parser.parse_args()
+    names = asked.only or [name for name in SHOTS if name != "watch" or (asked.run / "previews").is_dir()]
+    app, _ = prepare([asked.run])
+    with socket.socket() as bound, sync_playwright() as playwright:
+        bound.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+        threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True).start()
+        while not server.started:
+            time.sleep(0.1)
+        browser = playwright.chromium.launch(executable_path=asked.chromium, args=["--no-sandbox", "--disable-gpu"])
+        for name in names:
+            shoot(browser, f"http://localhost:{bound.getsockname()[1]}/", name)
+        browser.close()
+        server.should_exit = True
+
+
+if __name__ == "__main__":
+    main()
