@@ -9,6 +9,7 @@ disk, 13 GB, and leaves nothing there. The file is CompVis' (a `.ckpt` or safete
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import resource
 import shutil
@@ -51,7 +52,7 @@ MODEL = part(
 """`v1-inference.yaml` of CompVis/stable-diffusion."""
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 CASES = (("safetensors", "float32", "limner"), ("ckpt", "float32", "limner"), ("ckpt", "float16", "limner"),
-         ("ckpt", "float32", "diffusers"))  # fmt: skip
+         ("ckpt", "float16", "diffusers"))  # fmt: skip
 
 
 def layout() -> dict[str, tuple[int, ...]]:
@@ -118,12 +119,15 @@ def alone(target: Any, *arguments: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="a new folder, deleted in the end")
-    folder = parser.parse_args().folder
+    folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True)
     print("| from | to | file | peak | peak / file | seconds | progress told |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     try:
         for kind, dtype, to in CASES:
+            if to == "diffusers" and importlib.util.find_spec("open_clip") is None:
+                print("to diffusers: needs CLIP's vocabulary; pip install open_clip_torch")
+                continue
             file, out = folder / f"model.{kind}", folder / "out"
             alone(make, file, dtype)
             results = multiprocessing.get_context("spawn").SimpleQueue()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import hf_networks as hf
-import limner
+import limner.interop
 from hf_networks import noise, raw_network, run_of
 from limner import config as c
 from limner.api import convert
 from limner.errors import LimnerError
 from limner.generator import Generator
+from limner.interop import hf_out
 from limner.interop.conversion import read_run
 
 STEP = torch.tensor([3, 900])
@@ -191,6 +195,43 @@ def test_old_files_of_a_tokenizer_are_written_too(tmp_path: Path) -> None:
         again = load(tmp_path / f"out{number}")
         text = ["A cat, it's 12 cats"]
         assert torch.equal(again.embed(text=text).tokens, load(tmp_path / f"in{number}").embed(text=text).tokens)
+
+
+class Watched(Mapping[str, Tensor]):
+    """Weights that are copied for whoever asks, and whether the copies are still there."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state, self.given = state, list[weakref.ref[Tensor]]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        copy = self.state[name].clone()
+        self.given.append(weakref.ref(copy))
+        return copy
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def test_a_plan_holds_no_weights(tmp_path: Path) -> None:
+    """Each is made when it is written, so that memory holds one of them; what is folded into others is small."""
+    hf.stable_diffusion(tmp_path / "tokenizer").save_pretrained(tmp_path / "sd")
+    found = limner.interop.read(tmp_path / "sd")
+    watched = Watched(found.state)
+    written = hf_out.plan(found.config, watched, "test")
+    assert sum(map(len, written.weights.values())) > 300
+    held = [x.numel() for x in (ref() for ref in watched.given) if x is not None]
+    assert sum(held) < 100
+
+
+def test_a_text_encoder_without_its_words_is_refused(tmp_path: Path) -> None:
+    hf.stable_diffusion(tmp_path / "tokenizer").save_pretrained(tmp_path / "sd")
+    index = json.loads((tmp_path / "sd/model_index.json").read_text())
+    (tmp_path / "sd/model_index.json").write_text(json.dumps({**index, "tokenizer": [None, None]}))
+    with pytest.raises(LimnerError, match=r"conditions\.text\.tokenizer: the words of its tokens aren't in it"):
+        convert(tmp_path / "sd", tmp_path / "out", to="diffusers")
 
 
 # --- refusals, cards --------------------------------------------------------------------------------------------------

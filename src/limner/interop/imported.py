@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -76,3 +76,23 @@ class Joined(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
+
+
+class Below(Mapping[str, Tensor]):
+    """What stands below a prefix, by the rest of its name, `without` some; each weight is made when it is asked for."""
+
+    def __init__(self, state: Mapping[str, Tensor], prefix: str, without: Collection[str] = ()) -> None:
+        below = {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}
+        self._state, self._names = state, {name: whole for name, whole in below.items() if name not in without}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -106,10 +106,15 @@ def read(path: Path) -> Content:
 
 def warn_of_nan(weights: Mapping[str, Tensor], where: str) -> None:
     """One warning that counts the weights with NaN or infinity and names the first."""
-    bad = [name for name, x in weights.items() if x.is_floating_point() and not torch.isfinite(x).all()]
+    bad = [name for name, x in weights.items() if x.is_floating_point() and x.numel() and not _is_finite(x)]
     if bad:
         warnings.warn(f"{where}: NaN or infinity in {len(bad)} weights, first '{bad[0]}'; pictures will be wrong",
                       stacklevel=3)  # fmt: skip
+
+
+def _is_finite(x: Tensor) -> bool:
+    """By the smallest and the largest, which are NaN where any is: nothing of the size of x is made."""
+    return all(bool(torch.isfinite(end)) for end in x.aminmax())
 
 
 # --- safetensors --------------------------------------------------------------------------------------------------
