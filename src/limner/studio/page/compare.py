@@ -120,12 +120,16 @@ class Compare:
 def _table(across: tuple[str, Sequence[Any]], down: tuple[str, Sequence[Any]], cells: Sequence[str]) -> str:
     width = len(across[1])
     rows = [
-        (str(value), [*cells[k * width : (k + 1) * width], *[""] * (width - len(cells[k * width : (k + 1) * width]))])
+        (_said(value), [*cells[k * width : (k + 1) * width], *[""] * (width - len(cells[k * width : (k + 1) * width]))])
         for k, value in enumerate(down[1])
     ]
     named = [name.lower() for name, _ in (across, down) if name != NOTHING]
     caption = " against ".join(named) or "one picture"
-    return markup.table([str(value) for value in across[1]], rows, "", caption[:1].upper() + caption[1:])
+    return markup.table([_said(value) for value in across[1]], rows, "", caption[:1].upper() + caption[1:])
+
+
+def _said(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _axes(engine: Engine, controls: Controls) -> dict[str, tuple[Callable[[str], Any], str, str]]:

@@ -32,7 +32,9 @@ class Watch:
                 title="Loss by noise band", x_title="images", y_title="loss", color_title="t", **axes
             )
             self.held_out = gr.LinePlot(title="Held-out loss", x_title="images", y_title="loss", color_title="", **axes)
-            self.speed = gr.LinePlot(title="Images a second", x_title="images", y_title="", color_title="", **axes)
+            self.speed = gr.LinePlot(
+                title="Images a second", x_title="images", y_title="images/s", color_title="", **axes
+            )
         with gr.Row():
             self.frame = gr.Slider(0, 1, 0, step=1, label="Preview", scale=4)
             self.play = gr.Button("Play", scale=1, min_width=80)
