@@ -98,7 +98,11 @@ class Model(nn.Module):
 
 
 def ready(model: Model, device: torch.device) -> None:
-    """For use, not for training: on the device, in the memory layout that convolutions are fastest in."""
+    """For use, not for training: on the device, in the memory layout that convolutions are fastest in. A model whose
+    weights are cut over processes stays as it lies."""
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        model.eval()
+        return
     tensors: Any = model.to(device).eval().requires_grad_(False)
     tensors.to(memory_format=torch.channels_last)  # its overload for this keyword alone is missing from the stubs
 

@@ -24,6 +24,7 @@ from limner.data.dataset import Dataset
 from limner.data.latents import with_latents
 from limner.data.pixels import Progress
 from limner.errors import LimnerError
+from limner.hardware import best_device
 from limner.interop import hf_lora
 from limner.nn.autoencoder import Autoencoder
 from limner.training import loop, lora
@@ -151,4 +152,4 @@ def _kept(recipe: RunConfig, space: LatentSpace, out: Path) -> Autoencoder:
     autoencoder = build.autoencoder(space.autoencoder, recipe.data.channels).freeze()
     weights = {name.removeprefix("autoencoder."): tensor for name, tensor in read_model(out).items()}
     load_weights(autoencoder, weights, str(out), "the recipe and this autoencoder don't belong together")
-    return autoencoder.to(loop.best_device())
+    return autoencoder.to(best_device())

@@ -95,6 +95,9 @@ class TrainingConfig(Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    shard: bool = Field(
+        default=False, description="several processes: cut weights, moments and average over them (FSDP2)"
+    )
     seed: int = 0
     checkpoint_every: PositiveInt = Field(default=100_000, description="images")
     keep_last: PositiveInt = 2

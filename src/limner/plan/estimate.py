@@ -22,20 +22,19 @@ _BUCKETS = 3 * 64 * 2**20
 
 @dataclass(frozen=True)
 class Strategy:
-    """sharded: weights, gradients, moments and average are spread over the devices (FSDP2). again: with gradient
-    checkpointing. available: Limner trains so today."""
+    """sharded: weights, gradients, moments and average are spread over the devices (FSDP2, `training.shard`). again:
+    with gradient checkpointing."""
 
     name: str
     sharded: bool
     again: bool
-    available: bool
 
 
 STRATEGIES = (
-    Strategy("DDP", sharded=False, again=False, available=True),
-    Strategy("DDP, checkpointing", sharded=False, again=True, available=True),
-    Strategy("FSDP2", sharded=True, again=False, available=False),
-    Strategy("FSDP2, checkpointing", sharded=True, again=True, available=False),
+    Strategy("DDP", sharded=False, again=False),
+    Strategy("DDP, checkpointing", sharded=False, again=True),
+    Strategy("FSDP2", sharded=True, again=False),
+    Strategy("FSDP2, checkpointing", sharded=True, again=True),
 )
 
 

@@ -137,15 +137,13 @@ def _strategies(plan: Plan) -> Iterator[str]:
             micro = str(each.micro_batch) + (f" x {each.accumulate}" if each.accumulate > 1 else "")
         activations = f"{each.memory['activations'] / 1e9:.1f}"
         name = each.strategy.name if plan.where.number > 1 else each.strategy.name.replace("DDP", "one device")
-        note = "" if each.strategy.available else " *"
-        rows.append((name + note, micro, *held, f"{others / 1e9:.1f}", activations,
+        rows.append((name, micro, *held, f"{others / 1e9:.1f}", activations,
                      f"{each.total / 1e9:.1f}", time, bound))  # fmt: skip
     yield from _table(
         ("GB a device", "pictures", "weights", "gradients", "moments", "average", "copies", "activations", "all",
          "days", "bound by"), rows)  # fmt: skip
     yield ""
-    missing = "" if plan.where.number == 1 else "* not in Limner yet. "
-    yield f"{missing}A device holds {plan.where.device.memory / 1e9:,.4g} GB."
+    yield f"A device holds {plan.where.device.memory / 1e9:,.4g} GB."
     if plan.where.device.compiles:
         yield "Days: where torch.compile fuses all that it can, to where it fuses nothing."
     if plan.images == DEFAULT_IMAGES:

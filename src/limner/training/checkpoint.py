@@ -6,6 +6,9 @@
       optimizer.safetensors   moments by parameter name
       state.json              images, seconds, digests of the other files and of itself
 
+With `training.shard` on several processes the tensors lie in `pieces/`, a safetensors file or more of each process; any
+number of processes reads either form.
+
 A directory under its final name is whole: a process killed at any moment leaves the earlier ones and, at most, a
 `.partial-` directory that the next one clears away. All chance in training follows from the seed and the images seen
 (`draws.py`), so no generator's state is kept.
@@ -20,7 +23,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +37,12 @@ from torch import Tensor, nn
 from limner import config as configuration
 from limner.config import RunConfig
 from limner.errors import LimnerError
+from limner.training import sharded
 
 _log = logging.getLogger(__name__)
 
 STATE = "state.json"
+PIECES = "pieces"
 FORMAT = 1
 _PARTIAL = ".partial-"
 _NAME = re.compile(r"images-(\d+)")
@@ -55,10 +61,20 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of `name`.safetensors. Raises LimnerError when the checkpoint has no such file."""
+        if self.pieces is not None:
+            found = sharded.read_whole(self.pieces, f"{name}:")
+            if found:
+                return found
         file = self.path / f"{name}.safetensors"
         if not file.is_file():
             raise LimnerError(f"{self.path}: holds no {file.name}; it was written by another kind of task")
         return load_file(file)
+
+    @property
+    def pieces(self) -> Path | None:
+        """Where tensors lie in the pieces of several processes, named `name:tensor`; None where they lie whole."""
+        folder = self.path / PIECES
+        return folder if folder.is_dir() else None
 
 
 class Checkpoints:
@@ -75,30 +91,65 @@ class Checkpoints:
         tensors: by file name, without `.safetensors`. state: JSON; `held_out`, a number or None, ranks it.
         Raises LimnerError when the disk is full or cannot be written; the earlier checkpoints stay as they were.
         """
-        final = self.directory / f"images-{images:09d}"
-        partial = self.directory / f"{_PARTIAL}{final.name}"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _remove(partial)
-            _need_space(self.directory, tensors)
-            partial.mkdir()
+        with self._writing(images) as partial:
+            self._clear(partial, sum(_bytes(content) for content in tensors.values()))
             for name, content in tensors.items():
                 _write_tensors(partial / f"{name}.safetensors", content)
-            files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
-            whole = {"format": FORMAT, "images": images, **state, "files": files}
-            whole["digest"] = _digest(whole)
-            _write_text(partial / STATE, json.dumps(whole, indent=1))
-            _sync(partial)
-            if final.exists():  # reached again after a resume from an earlier one
-                self._drop(final)
-            partial.rename(final)
-            _sync(self.directory)
+            saved = self._seal(partial, images, state)
+        self._retain(saved)
+        return saved
+
+    def save_pieces(self, images: int, tensors: Tensors, state: Mapping[str, Any], main: bool,
+                    wait: Callable[[], None]) -> None:  # fmt: skip
+        """As `save`, of tensors that are cut over processes, by the names of `Checkpoint.pieces`. Every process calls
+        it; the main one makes the directory and seals it. wait(): until every process has come there."""
+        with self._writing(images) as partial:
+            if main:
+                self._clear(partial, _bytes(tensors))
+            wait()
+            sharded.write(partial / PIECES, tensors)
+            wait()
+            if main:
+                for file in (partial / PIECES).iterdir():
+                    _sync(file)
+                self._retain(self._seal(partial, images, state))
+
+    @contextmanager
+    def _writing(self, images: int) -> Iterator[Path]:
+        """Where to write a checkpoint. What goes wrong in the block is told in one line, and leaves nothing there."""
+        final = self._final(images)
+        partial = self.directory / f"{_PARTIAL}{final.name}"
+        try:
+            yield partial
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._failure(final, error) from error
-        saved = Checkpoint(final, images, whole)
-        self._retain(saved)
-        return saved
+
+    def _final(self, images: int) -> Path:
+        return self.directory / f"images-{images:09d}"
+
+    def _clear(self, partial: Path, needed: int) -> None:
+        """Make room for a checkpoint of so many bytes."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        _need_space(self.directory, needed)
+        partial.mkdir()
+
+    def _seal(self, partial: Path, images: int, state: Mapping[str, Any]) -> Checkpoint:
+        """Write down what the files are, and give the directory its name."""
+        final = self._final(images)
+        found = sorted(file for file in partial.rglob("*") if file.is_file())
+        files = {file.relative_to(partial).as_posix(): _fingerprint(file) for file in found}
+        whole = {"format": FORMAT, "images": images, **state, "files": files}
+        whole["digest"] = _digest(whole)
+        _write_text(partial / STATE, json.dumps(whole, indent=1))
+        for folder in (partial, *(path for path in partial.iterdir() if path.is_dir())):
+            _sync(folder)
+        if final.exists():  # reached again after a resume from an earlier one
+            self._drop(final)
+        partial.rename(final)
+        _sync(self.directory)
+        return Checkpoint(final, images, whole)
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; a damaged one is passed over with a warning. None: there is none.
@@ -188,8 +239,12 @@ class _NoSpace(OSError):
     """Found out before writing."""
 
 
-def _need_space(directory: Path, tensors: Mapping[str, Tensors]) -> None:
-    needed = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values()) + _SPARE_BYTES
+def _bytes(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _need_space(directory: Path, needed: int) -> None:
+    needed += _SPARE_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise _NoSpace(errno.ENOSPC, f"the disk is full: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB free")
@@ -308,7 +363,7 @@ def load_weights(module: nn.Module, tensors: Tensors, where: str,
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            sharded.fill(tensor, tensors[name])
 
 
 _FREE_TO_CHANGE = ("provenance", "sampling", "training", "label_smoothing", "data.source", "data.split",

@@ -99,7 +99,7 @@ def average_over_processes(accelerator: Accelerator, tensors: Sequence[Tensor]) 
 
 def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     """The sum of every process's tensor, for each of them. Raises LimnerError when another process is lost."""
-    with _together(accelerator):
+    with together(accelerator):
         result = accelerator.reduce(tensor)
     assert isinstance(result, Tensor)
     return result
@@ -107,7 +107,7 @@ def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 def wait_for_processes(accelerator: Accelerator) -> None:
     """Return when every process has come here. Raises LimnerError when another process is lost."""
-    with _together(accelerator):
+    with together(accelerator):
         accelerator.wait_for_everyone()
 
 
@@ -117,10 +117,12 @@ def patience(timeout_s: float) -> InitProcessGroupKwargs:
 
 
 @contextmanager
-def _together(accelerator: Accelerator) -> Iterator[None]:
+def together(accelerator: Accelerator) -> Iterator[None]:
     """What a process is told of when another one has died or hangs: this one can't go on without it."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         if accelerator.num_processes == 1:
             raise

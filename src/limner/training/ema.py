@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from limner.training.sharded import local
+
 
 def gamma_of(relative_std: float) -> float:
     """The exponent of a profile t^gamma on [0, 1] whose standard deviation is `relative_std` (0 to 0.288).
@@ -37,6 +39,10 @@ class EMA:
         self.gamma = gamma_of(relative_std)
         frozen: dict[int, nn.Parameter] = {id(p): p for p in source.parameters() if not p.requires_grad}
         self.module = copy.deepcopy(source, memo=frozen).eval().requires_grad_(False)
+        self.pair(source)
+
+    def pair(self, source: nn.Module) -> None:
+        """Find the parameters again, after both modules were cut over processes."""
         pairs = zip(self.module.parameters(), source.parameters(), strict=True)
         self._parameters = [(average, current) for average, current in pairs if average is not current]
         self._buffers = list(zip(self.module.buffers(), source.buffers(), strict=True))
@@ -46,7 +52,7 @@ class EMA:
         """Take in the source's weights at `images` seen, `images_since` of them after the previous update."""
         beta = (1.0 - images_since / images) ** (self.gamma + 1.0) if images > images_since else 0.0
         if self._parameters:
-            averages: list[Tensor] = [average for average, _ in self._parameters]
-            torch._foreach_lerp_(averages, [current.data for _, current in self._parameters], 1.0 - beta)
+            averages: list[Tensor] = [local(average) for average, _ in self._parameters]
+            torch._foreach_lerp_(averages, [local(current).data for _, current in self._parameters], 1.0 - beta)
         for average, current in self._buffers:
             average.copy_(current)

@@ -7,10 +7,11 @@ now and then: a line of metrics, held-out figures, previews, a checkpoint
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,30 @@ from torch import Tensor
 
 from limner import config as configuration
 from limner.config import RunConfig
-from limner.errors import LimnerError, suggest
-from limner.hardware import autocast, best_device
+from limner.errors import LimnerError
+from limner.hardware import autocast
 from limner.training import lora, preview
 from limner.training.checkpoint import Checkpoint, Checkpoints, load_weights, same_run
 from limner.training.clock import Clock, learning_rate
 from limner.training.devices import (
     Compiled,
     average_over_processes,
-    patience,
     sum_over_processes,
+    together,
     tune,
     wait_for_processes,
     wants_compile,
 )
-from limner.training.draws import Batches, Order, Source, seed_of
+from limner.training.draws import Batches, Source, seed_of
 from limner.training.ema import EMA
 from limner.training.optimizers import Optimizer
 from limner.training.progress import Display, MetricsFile, duration
+from limner.training.sharded import gathered, read_into
 from limner.training.signals import StopRequest
+from limner.training.startup import accelerator_for, claim, sharding_for
 from limner.training.stream import order_of
 from limner.training.task import Means, Task, to_device
 
-TRACKERS = ("tensorboard", "wandb", "trackio")
 EXIT_STOPPED = 75
 """The exit code for a run that a signal stopped and `--resume` continues (EX_TEMPFAIL)."""
 
@@ -87,14 +89,13 @@ def train(
     out, settings = Path(out), config.training
     claim(out, resume)
     accelerator = accelerator_for(config, out)
-    process, processes = accelerator.process_index, accelerator.num_processes
-    order = order_of(data, config, out, process, processes)
-    batches = Batches(data, settings.seed, settings.batch, settings.accumulate, process, processes, order)
     clock = Clock(
         0, settings.images, settings.budget_s, spent_s, time.monotonic() if started_at is None else started_at
     )
     with StopRequest() as stop, Display(config.task, console, silent=not accelerator.is_main_process) as display:
-        training = Training(task, data, config, out, clock, accelerator, display, order)
+        training = Training(task, data, config, out, clock, accelerator, display)
+        batches = Batches(data, settings.seed, settings.batch, settings.accumulate, accelerator.process_index,
+                          accelerator.num_processes, training.order)  # fmt: skip
         training.open(resume)
         reason = training.agree(stop)
         if reason is None:
@@ -111,21 +112,21 @@ class Training:
     """The state of a training under way, and what is done with it."""
 
     def __init__(self, task: Task, data: Source, config: RunConfig, out: Path, clock: Clock, accelerator: Accelerator,
-                 display: Display, order: Order) -> None:  # fmt: skip
+                 display: Display) -> None:  # fmt: skip
         self.task, self.data, self.config, self.settings = task, data, config, config.training
         self.out, self.clock, self.accelerator, self.display = out, clock, accelerator, display
-        self.order, self.place = order, None
+        self.order = order_of(data, config, out, accelerator.process_index, accelerator.num_processes)
+        self.place: Any = None
         self.device, self.main = accelerator.device, accelerator.is_main_process
         tune(self.device)
-        for module in task.modules.values():
-            module.train().to(device=self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            broadcast([tensor.detach() for tensor in (*module.parameters(), *module.buffers())])
-        self.ema = EMA(task.modules["model"], self.settings.ema.relative_std)
+        self.sharding = sharding_for(config, accelerator)
+        self.ema = self.place_networks()
         self.optimizers = {
             name: Optimizer(module, self.settings, task.hidden if name == "model" else ())
             for name, module in task.modules.items()
         }
-        self.compiled = Compiled(task.networks, wants_compile(self.settings, self.device), display.say)
+        compiles = self.sharding is None and wants_compile(self.settings, self.device)
+        self.compiled = Compiled(task.networks, compiles, display.say)
         self.checkpoints = Checkpoints(out, self.settings.keep_last)
         self.metrics = MetricsFile(out / "metrics.jsonl")
         self.data_statistics = preview.data_statistics(data) if self.main else {}
@@ -141,13 +142,31 @@ class Training:
         self.best: float | None = None
         self.rounds_since_best = 0
 
+    def place_networks(self) -> EMA:
+        """The networks on the device, alike on all processes, or cut over them; and their average."""
+        if self.sharding is not None:  # it moves one block after the other: the whole may not fit on the device
+            model = self.task.modules["model"].train()
+            ema = EMA(model, self.settings.ema.relative_std)
+            frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+            for module in (model, ema.module):
+                whole = frozen if module is model else {p for p in module.parameters() if p in frozen}
+                self.sharding.cut(module, whole)
+                module.to(self.device)
+            ema.pair(model)
+            return ema
+        for module in self.task.modules.values():
+            module.train().to(device=self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            broadcast([tensor.detach() for tensor in (*module.parameters(), *module.buffers())])
+        return EMA(self.task.modules["model"], self.settings.ema.relative_std)
+
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def step(self, batches: list[dict[str, Any]]) -> None:
         """One update of the weights, from this process's micro-batches. Asks the device for nothing."""
         progress = self.clock.progress(self.elapsed_s)
         self.lr_share = learning_rate(self.clock.images + self.settings.batch, progress, self.settings)
-        objectives = self.compiled.attempt(lambda: self.gradients(batches, progress))
+        with nullcontext() if self.sharding is None else together(self.accelerator):
+            objectives = self.compiled.attempt(lambda: self.gradients(batches, progress))
         bad = torch.zeros((), dtype=torch.bool, device=self.device)
         for name, objective in objectives.items():
             bad |= self.update(name, objective)
@@ -175,7 +194,8 @@ class Training:
             left = len(losses.objectives)
             for name, objective in losses.objectives.items():
                 left -= 1
-                own = self.optimizers[name].parameters
+                # what is gathered for a cut network's forward pass are other tensors than its parameters
+                own = self.optimizers[name].parameters if self.sharding is None else None
                 torch.autograd.backward(objective * share, inputs=own, retain_graph=left > 0)
                 totals[name] = totals.get(name, 0) + objective.detach() * share
             means.add(losses.logs, share)
@@ -186,8 +206,12 @@ class Training:
         """Average over processes, clip, and step; a bad step leaves the weights alone. Returns whether it was bad."""
         optimizer = self.optimizers[name]
         gradients = optimizer.gradients()
-        average_over_processes(self.accelerator, [*gradients, objective])
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self.sharding is not None:
+            average_over_processes(self.accelerator, [objective])
+            norm = self.sharding.norm(gradients)
+        else:
+            average_over_processes(self.accelerator, [*gradients, objective])
+            norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         bad = ~torch.isfinite(norm + objective)
         optimizer.step(self.lr_share, divisor=(norm / self.settings.clip).clamp_min(1.0), bad=bad)
         self.means.add({"grad_norm" if name == "model" else f"grad_norm_{name}": norm})
@@ -231,13 +255,18 @@ class Training:
             self.share_means()
         if telling or due["checkpoint"]:
             self.share_place()
-        if not self.main:
+        if not self.takes_part:
             return
         if telling:
             improved = self.log(held_out=due["held_out"], pictures=due["preview"])
         if due["checkpoint"] or (improved and self.task.best_is is not None):
             self.save()
         self.show()
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process logs and saves: the main one, or each where a network is cut over all."""
+        return self.main or self.sharding is not None
 
     def share_means(self) -> None:
         """Logs of all processes, added up; each of them takes part, and the main one keeps the result."""
@@ -268,7 +297,8 @@ class Training:
                 self.held_out = (images, line.get(self.task.best_is or "held_out_loss"))
             if pictures:
                 line |= self.draw()
-        self.metrics.write(line)
+        if self.main:
+            self.metrics.write(line)
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=images)
         self.figures = line
         self.logged_images, self.logged_at = images, self.clock.elapsed_s
@@ -277,7 +307,7 @@ class Training:
     def draw(self) -> dict[str, Any]:
         """Previews as a PNG grid; their channel means and deviations, beside the data's."""
         pictures, captions = self.task.preview(self.ema.module)
-        if not len(pictures):
+        if not len(pictures) or not self.main:
             return {}
         preview.save(self.out / "previews" / f"images-{self.clock.images:09d}.png", pictures, captions)
         mean, std = preview.channel_statistics(pictures)
@@ -307,15 +337,7 @@ class Training:
 
     def save(self) -> None:
         """A checkpoint, and the run's model."""
-        tensors = {
-            "ema": self.ema.module.state_dict(),
-            **{name: module.state_dict() for name, module in self.task.modules.items()},
-        }
-        tensors["optimizer"] = {
-            f"{name}.{slot}": tensor
-            for name, optimizer in self.optimizers.items()
-            for slot, tensor in optimizer.slots()
-        }
+        tensors = self.tensors()
         at, figure = self.held_out
         state = {
             "task": self.config.task,
@@ -330,14 +352,29 @@ class Training:
             "threads": torch.get_num_threads(),
             "versions": {name: importlib.metadata.version(name) for name in ("limner", "torch")},
         }
-        self.checkpoints.save(self.clock.images, tensors, state)
+        if self.sharding is None:
+            self.checkpoints.save(self.clock.images, tensors, state)
+        else:
+            wait = partial(wait_for_processes, self.accelerator)
+            self.checkpoints.save_pieces(self.clock.images, _flat(tensors), state, self.main, wait)
         self.publish()
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint holds, live, by file."""
+        slots = {
+            f"{name}.{slot}": tensor
+            for name, optimizer in self.optimizers.items()
+            for slot, tensor in optimizer.slots()
+        }
+        modules = {name: module.state_dict() for name, module in self.task.modules.items()}
+        return {"ema": self.ema.module.state_dict(), **modules, "optimizer": slots}
 
     def publish(self) -> None:
         """The run's model: the average, or that of the best checkpoint where the task has a best; adapters added in."""
         best = self.checkpoints.best() if self.task.best_is else None
-        average = self.ema.module.state_dict() if best is None else best.tensors("ema")
-        self.checkpoints.publish(lora.merged(average), self.config)
+        average = gathered(self.ema.module.state_dict()) if best is None else best.tensors("ema")
+        if self.main:
+            self.checkpoints.publish(lora.merged(average), self.config)
 
     def open(self, resume: bool) -> None:
         """Take the directory: go on with the run that it holds, or begin one."""
@@ -367,13 +404,10 @@ class Training:
 
     def take(self, found: Checkpoint) -> None:
         """Put a checkpoint's weights, moments and counts in place."""
-        for name, module in self.task.modules.items():
-            load_weights(module, found.tensors(name), str(found.path))
-        load_weights(self.ema.module, found.tensors("ema"), str(found.path))
-        moments = found.tensors("optimizer")
-        for name, optimizer in self.optimizers.items():
-            prefix = f"{name}."
-            optimizer.load_state_dict({k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)})
+        if self.sharding is not None and found.pieces is not None:
+            read_into(found.pieces, _flat(self.tensors()))
+        else:
+            self.fill(found)
         state = found.state
         self.clock.images = self.logged_images = found.images
         self.clock.spent_s = state["seconds"]
@@ -385,6 +419,16 @@ class Training:
         self.progress_at_start = self.clock.progress(self.elapsed_s)
         self.steps = found.images // self.settings.batch
 
+    def fill(self, found: Checkpoint) -> None:
+        """Put a checkpoint's weights and moments in place, one file after the other."""
+        for name, module in self.task.modules.items():
+            load_weights(module, found.tensors(name), str(found.path))
+        load_weights(self.ema.module, found.tensors("ema"), str(found.path))
+        moments = found.tensors("optimizer")
+        for name, optimizer in self.optimizers.items():
+            prefix = f"{name}."
+            optimizer.load_state_dict({k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)})
+
     def finish(self, reason: str | None, signal_name: str | None) -> TrainResult:
         """The last figures and pictures, unless there is a hurry, and the last checkpoint."""
         hurry = reason == "signal"
@@ -392,10 +436,10 @@ class Training:
             raise LimnerError(f"{self.out}: the budget was spent before the first step; give a longer --budget")
         self.share_means()
         self.share_place()
-        if self.main and self.sitting_steps:
+        if self.takes_part and self.sitting_steps:
             self.log(held_out=not hurry, pictures=not hurry)
             self.save()
-        elif self.main and self.clock.images:
+        elif self.takes_part and self.clock.images:
             self.publish()
         for (
             tracker
@@ -411,34 +455,10 @@ class Training:
         return TrainResult(self.out, self.clock.images, seconds, self.figures, signal_name if hurry else None)
 
 
+def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{name}:{key}": tensor for name, content in tensors.items() for key, tensor in content.items()}
+
+
 def _agree_every(device: torch.device) -> int:
     """Steps between agreements of several processes: each one makes the host wait for the device."""
     return 1 if device.type == "cpu" else 16
-
-
-def accelerator_for(config: RunConfig, out: Path) -> Accelerator:
-    """Devices and processes as `torchrun` or `accelerate launch` say, and the trackers of a recipe. Raises LimnerError
-    for a tracker that is unknown or not installed."""
-    for name in config.training.trackers:
-        if name not in TRACKERS:
-            raise LimnerError(f"training.trackers: '{name}' is unknown{suggest(name, TRACKERS)}")
-        if importlib.util.find_spec(name) is None:
-            raise LimnerError(f"training.trackers: {name} is not installed; `pip install {name}`")
-    # Told that there is only a CPU, accelerate uses gloo under torchrun; untold, it forgets the other processes.
-    on_cpu = best_device().type == "cpu"
-    waiting = patience(config.training.timeout_s)
-    accelerator = Accelerator(
-        cpu=on_cpu, log_with=list(config.training.trackers) or None, project_dir=out, kwargs_handlers=[waiting]
-    )
-    if config.training.trackers:
-        accelerator.init_trackers("limner", config={"recipe": config.model_dump_json()})
-    return accelerator
-
-
-def claim(out: Path, resume: bool) -> None:
-    """Refuse a directory that holds a run already, unless it is to be resumed."""
-    if out.exists() and not out.is_dir():
-        raise LimnerError(f"{out}: is a file; --out should be a directory")
-    held = [name for name in ("checkpoints", "model.safetensors", "config.yaml") if (out / name).exists()]
-    if held and not resume:
-        raise LimnerError(f"{out}: holds a run already ({held[0]}); go on with it by --resume, or give another --out")

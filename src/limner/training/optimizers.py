@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from limner.config import TrainingConfig
 from limner.errors import LimnerError
+from limner.training.sharded import fill, local
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Newton-Schulz coefficients of Muon (Jordan et al. 2024): steep at 0, singular values end within 0.7 to 1.2."""
@@ -96,7 +97,7 @@ class Optimizer:
 
     def gradients(self) -> list[Tensor]:
         """What the last backward left; a parameter that took no part has none."""
-        return [p.grad for p in self.parameters if p.grad is not None]
+        return [local(p.grad) for p in self.parameters if p.grad is not None]
 
     @torch.no_grad()
     def step(self, lr_share: float = 1.0, divisor: Tensor | None = None, bad: Tensor | None = None) -> None:
@@ -120,10 +121,10 @@ class Optimizer:
         states = [self._moments[p] for p in parameters]
         beta1, beta2 = self.config.betas
         adamw(
-            list[Tensor](parameters),
-            [p.grad for p in parameters if p.grad is not None],
-            [s["mean"] for s in states],
-            [s["square"] for s in states],
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters if p.grad is not None],
+            [local(s["mean"]) for s in states],
+            [local(s["square"]) for s in states],
             [],
             [s["step"] for s in states],
             fused=True,
@@ -178,7 +179,7 @@ class Optimizer:
                     f"{list(own[name].shape)} here; resume with the run's own recipe"
                 )
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            fill(tensor, state[name])
 
 
 def _adamw_state(parameter: nn.Parameter) -> dict[str, Tensor]:
