@@ -13,6 +13,9 @@ from limner.cli.program import run as limner
 from limner.errors import LimnerError
 from limner.outputs import png
 from limner.redraw import Repeat
+from limner.studio.engine import Engine
+from limner.studio.http import png_of
+from limner.studio.shelf import Shelf
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +83,22 @@ def test_pictures_without_a_whole_recipe_are_refused(tmp_path: Path) -> None:
     file.write_bytes(b"no picture")
     with pytest.raises(LimnerError, match="is no picture"):
         Repeat.read(file)
+
+
+def test_size_and_strength_are_kept_from_repeat_to_repeat(home: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 16, 3), 90, np.uint8)).save(tmp_path / "start.png")
+    engine = Engine(Shelf.open([home / "run"]))
+    try:
+        picture = {"image": [Image.open(tmp_path / "start.png")], "label": ["dog"]}
+        wanted = engine.request(seed=5, conditions=picture, strength=0.5, size=(8, 16))
+        (drawn,) = engine.submit(wanted).pictures()
+        (tmp_path / "000000.png").write_bytes(png_of(drawn, engine.facts(wanted)))
+    finally:
+        engine.close()
+    source = tmp_path / "000000.png"
+    for out in (tmp_path / "again", tmp_path / "once more"):
+        assert limner(["sample", "--from", str(source), "--out", str(out)]) == 0
+        source = out / "000000.png"
+        np.testing.assert_array_equal(np.asarray(Image.open(source)), drawn.pixels)
+        told = Repeat.read(source)
+        assert (told.strength, told.size) == (0.5, (8, 16))

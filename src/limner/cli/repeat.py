@@ -19,7 +19,7 @@ def repeat(source: Path, run: str | None, out: str, *, classifier: str | None, c
            other: dict[str, Any]) -> None:  # fmt: skip
     """Draw again what `source` tells, with `run`, else with the run that it names. other: options that say what or how
     to draw; the picture says that already, hence LimnerError for any that is given."""
-    from limner import api
+    from limner import api, zoo
     from limner.cli.sample import counter, drawing_generator
     from limner.generator import to_uint8
     from limner.redraw import Repeat, facts_of, further_facts
@@ -29,14 +29,14 @@ def repeat(source: Path, run: str | None, out: str, *, classifier: str | None, c
             raise LimnerError(f"--{name}: doesn't go with --from, whose picture says it already")
     told = Repeat.read(source)
     run = told.run if run is None else run
-    if not Path(run).exists():
+    if not zoo.located(run).exists():
         raise LimnerError(f"{source}: was drawn by {run}, which is not there; name the RUN")
     gen = drawing_generator(api.load(run, flags=flags, config=config), run)
     told.check(gen, run)
     guide = None if classifier is None else api.load(classifier, flags=classifier_flags)
     _check_guide(told, guide, source)
     settings = gen.settings(**told.settings)
-    recipe = facts_of(gen, run, settings, told.seed, told.classifier_digest)
+    recipe = facts_of(gen, run, settings, told.seed, told.classifier_digest, told.strength, told.size)
     began = time.monotonic()
     with writer(out, num=told.num, recipe=recipe, overwrite=overwrite) as sink, progress("sampling") as tell:
         options = {"batch": batch, "classifier": guide, "on_step": counter(tell, told.num, batch)}
