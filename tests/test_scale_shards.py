@@ -1,17 +1,23 @@
-"""`limner sample --shard`: the parts are, together, what is drawn in one piece."""
+"""`limner sample` in parts (`--shard`) and by several processes: together, what is drawn in one piece."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from limner.cli.given import part_of
+from limner.cli.program import run
 from limner.errors import LimnerError
+from limner.hardware import best_device
 from tiny_cli import Workshop
 
 
@@ -70,3 +76,38 @@ def test_every_picture_is_in_one_part() -> None:
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
     with pytest.raises(LimnerError, match="I below N"):
         part_of("8/8", 100)
+
+
+def half(rank: int, port: int, asked: list[str], said: str) -> None:
+    """One of two processes, as torchrun starts them."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    with open(f"{said}-{rank}", "w") as file, contextlib.redirect_stdout(file):
+        code = run(asked)
+    assert code == 0
+
+
+def test_two_processes_draw_what_one_draws(shop: Workshop, tmp_path: Path) -> None:
+    """To the bit, into one file, and one of them speaks: eleven pictures, three batches, noise in the sampler."""
+    common = ["--num", "11", "--batch", "4", "--json", "--sampler", "ddim", "--eta", "1", "--label", "fish,cat"]
+    assert shop.sample("--out", str(tmp_path / "one.npz"), *common) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    asked = ["sample", str(shop.run), "--out", str(tmp_path / "two.npz"), *common]
+    torch.multiprocessing.spawn(half, (port, asked, str(tmp_path / "said")), nprocs=2)
+    one, two = arrays(tmp_path / "one.npz"), arrays(tmp_path / "two.npz")
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert json.loads((tmp_path / "said-0").read_text())["num"] == 11
+    assert (tmp_path / "said-1").read_text() == ""
+
+
+def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert best_device() == torch.device("cuda")
+    for rank, device in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert best_device() == torch.device(device)

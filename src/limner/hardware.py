@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from functools import lru_cache
 from typing import Literal
 
@@ -12,9 +13,11 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 def best_device() -> torch.device:
-    """CUDA where there is one, then Apple's MPS, else the CPU."""
+    """CUDA where there is one, then Apple's MPS, else the CPU. Of several GPUs, that of this process's number on this
+    machine, where torchrun or `accelerate launch` says it."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        own = int(os.environ.get("LOCAL_RANK", -1))
+        return torch.device("cuda", own) if 0 <= own < torch.cuda.device_count() else torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,6 +129,8 @@ def sample(
       limner sample runs/emoji --text "a heart" --to-text "a star" --num 8 --out way.png
     """
     from limner import api
+    from limner.cli.shared import in_batches
+    from limner.evaluation import processes
 
     if source is not None:
         from limner.cli.repeat import repeat
@@ -172,20 +175,26 @@ def sample(
     ends = _ends(seed, to_seed, {"text": (captions, to_text), "label": (labels, to_label)})
     began = time.monotonic()
     with (
-        writer(out, num=len(part), recipe=recipe, overwrite=overwrite) as sink,
-        progress("sampling") as tell,
+        processes.joined() as speaks,
+        writer(out, num=len(part), recipe=recipe, overwrite=overwrite) if speaks else nullcontext() as sink,
+        progress("sampling") if speaks else nullcontext(lambda *_: None) as tell,
     ):
         how = {"batch": batch, "on_step": counter(tell, len(part), batch), "classifier": guide, "size": canvas}
         options = how | chosen
         if ends is not None:
             for name in (*files, *(() if shard is None else ("shard",))):
                 raise LimnerError(f"--to-seed, --to-text, --to-label: don't go with --{name}")
-            frames = gen.interpolate(num=count, output="array", **ends, **options)
-            sink.add([Picture(number, pixels) for number, pixels in enumerate(frames)])
+            frames = gen.interpolate(num=count, output="array", **ends, **options) if sink is not None else ()
+            pieces: Iterable[list[Picture]] = [[Picture(number, pixels) for number, pixels in enumerate(frames)]]
         else:
-            for drawn in gen.stream(num=count, label=labels, text=captions, negative_text=negative_text, seed=seed,
-                                    strength=strength, part=part, **files, **options):  # fmt: skip
-                sink.add(_pictures(gen, drawn))
+            wish = {"num": count, "label": labels, "text": captions, "negative_text": negative_text, "seed": seed,
+                    "strength": strength, **files, **options}  # fmt: skip
+            pieces = in_batches(part, batch, lambda own: (_pictures(gen, d) for d in gen.stream(part=own, **wish)))
+        for pictures in pieces:
+            if sink is not None:
+                sink.add(pictures)
+    if sink is None:
+        return
     seconds = time.monotonic() - began
     number = len(part)
     facts = {"out": out, "num": number, "seconds": seconds, "images_per_s": number / seconds, **recipe}
