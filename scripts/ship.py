@@ -48,6 +48,7 @@ def ship(run: Path, name: str, *, summary: str, licence: str, source: str | None
     head = {"library_name": "limner", "license": licence, "summary": summary, "figures": chosen}
     out.mkdir(parents=True, exist_ok=True)
     save_file(halved(load_file(weights)), out / zoo.WEIGHTS, metadata={"format": "pt"})
+    (out / zoo.WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
     config.dump(recipe, out / "config.yaml")
     shutil.copyfile(run / METRICS, out / METRICS)
     (out / zoo.CARD).write_text(card(name, head, recipe, data, notes), encoding="utf-8")
@@ -90,13 +91,16 @@ def card(name: str, head: Mapping[str, Any], recipe: RunConfig, data: str, notes
     """`README.md`: the head, how to use it, where it comes from, what was measured."""
     rows = [f"| {f['name']} | {f['value']:.4g} | {_interval(f)} | {f['n'] or ''} |" for f in head["figures"]]
     measured = ["| figure | value | 95% interval | n |", "| --- | --- | --- | --- |", *rows, ""] if rows else []
-    use = f"limner sample {name} --out {name}.png" if recipe.task == "diffusion" else f'limner.load("{name}")'
+    use = ["```bash", f"limner sample {name} --out {name}.png", "```"]
+    if recipe.task != "diffusion":
+        use = ["```python", "import limner", "", f'model = limner.load("{name}")', "```"]
     preset = recipe.provenance.get("preset", "a recipe of its own")
     parts = [
         f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---",
         f"# {name}\n",
         f"{head['summary']}.\n",
-        f"```\n{use}\n```\n",
+        *use,
+        "",
         f"Recipe: `config.yaml`, from {preset}. Log of the training: `{METRICS}`.",
         f"Data: {data or recipe.data.source}. Licence of the weights: {head['license']}.\n",
         *measured,

@@ -41,7 +41,7 @@ def shipped(workshop: Workshop) -> Path:
 def in_zoo(shipped: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(zoo, "HOME", shipped)
     monkeypatch.chdir(tmp_path)
-    zoo._say_that_it_is_here.cache_clear()
+    zoo._say_which.cache_clear()
     return tmp_path
 
 
@@ -119,8 +119,20 @@ def test_what_is_here_goes_before_and_is_said(
     Path("tiny").symlink_to(workshop.run)
     with caplog.at_level(logging.WARNING):
         assert [zoo.located("tiny"), zoo.located("tiny")] == [Path("tiny")] * 2
-    assert caplog.messages == ["tiny: what is here is taken, not the model of that name that comes with Limner"]
+    assert caplog.messages == ["tiny: the model here is taken, not the one of that name that comes with Limner"]
     assert zoo.located("runs/tiny") == Path("runs/tiny")
+
+
+def test_a_folder_of_pictures_here_is_no_model(
+    in_zoo: Path, workshop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("tiny").symlink_to(workshop.data)
+    with caplog.at_level(logging.WARNING):
+        assert zoo.located("tiny") == zoo.HOME / "tiny"
+    assert caplog.messages == ["tiny: the model that comes with Limner is taken; the folder here, ./tiny, holds none"]
+    assert isinstance(limner.load("tiny"), Generator)
+    with pytest.raises(LimnerError, match="neither a run"):
+        limner.load("./tiny")
 
 
 def test_a_name_that_is_nearly_right_is_answered(in_zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,10 +39,10 @@ def load(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = Non
     flags: of a guided-diffusion `.pt`: a dict, a JSON file, or the command line that it was trained with.
     config: the YAML of a CompVis `.ckpt`. Raises LimnerError saying what is wrong with the file, or what it needs.
     """
-    return _ready(*_found(Path(path), flags, config))
+    return _ready(*_found(path, flags, config))
 
 
-def _found(path: Path, flags: Any, config: Any) -> tuple[Imported, str]:
+def _found(path: str | Path, flags: Any, config: Any) -> tuple[Imported, str]:
     """The recipe and weights of what `load` reads, and the digest of its file."""
     path = zoo.located(path)
     if path.is_dir() and (path / "config.yaml").is_file():
@@ -164,12 +164,12 @@ def train(
     stored = read_recipe(out) if resume and (out / "config.yaml").is_file() else None
     others = {"init": init, "preset": preset, "for": for_run, "autoencoder": autoencoder}
     if _distils(task, teacher, stored, others):
-        taught = None if teacher is None else _initial(Path(teacher), flags, config)
+        taught = None if teacher is None else _initial(teacher, flags, config)
         wanted = _student(data, stored, taught, budget, images, settings, seed, overrides)
         complete, pictures = _prepared(wanted, progress)
         return distill_rounds.train(complete, pictures, out, teacher=taught, resume=resume, started_at=started_at,
                                     progress=encoding, console=console)  # fmt: skip
-    initial = None if init is None else _initial(Path(init), flags, config)
+    initial = None if init is None else _initial(init, flags, config)
     given = _first_stage(autoencoder) if autoencoder is not None else _stage_of(initial)
     wanted = _recipe(data, out, preset, task, budget, images, for_run, given, initial, settings, seed, resume,
                      overrides)  # fmt: skip
@@ -238,7 +238,7 @@ def _refuse_no_data(raw: Mapping[str, Any]) -> None:
         raise LimnerError("no data: name a folder, a Parquet file, a WebDataset tar or a hub's data set")
 
 
-def _initial(path: Path, flags: Any, config: Any) -> Initial:
+def _initial(path: str | Path, flags: Any, config: Any) -> Initial:
     """What training is to begin with."""
     from limner.training.initial import Initial
 

@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 HOME = Path(__file__).parent
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
+MODEL_FILES = ("config.yaml", "model_index.json", "config.json")
+"""One of these is in the directory of a run, or of diffusers' models."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,19 @@ def names() -> list[str]:
 
 
 def located(path: str | Path) -> Path:
-    """Where a model is: the path itself, or, where there is none such, the directory of the shipped model of that name.
+    """Where a model is: the directory of a shipped model for its bare name, else the path itself.
 
-    A file or folder here of a shipped model's name goes before, and that is said once, as a warning.
+    A model here of that name goes before. Which of the two is taken is said, once, as a warning, where something here
+    has that name; `./NAME` always means what is here.
     """
-    path = Path(path)
-    name = str(path)
+    name, here = str(path), Path(path)
     if name not in names():
-        return path
-    if not path.exists():
+        return here
+    if not here.exists():
         return HOME / name
-    _say_that_it_is_here(name)
-    return path
+    mine = here.is_file() or any((here / file).is_file() for file in MODEL_FILES)
+    _say_which(name, mine)
+    return here if mine else HOME / name
 
 
 def suggestion(path: str | Path) -> str:
@@ -126,5 +129,8 @@ def _figure(figure: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _say_that_it_is_here(name: str) -> None:
-    _log.warning("%s: what is here is taken, not the model of that name that comes with Limner", name)
+def _say_which(name: str, mine: bool) -> None:
+    if mine:
+        _log.warning("%s: the model here is taken, not the one of that name that comes with Limner", name)
+    else:
+        _log.warning("%s: the model that comes with Limner is taken; the folder here, ./%s, holds none", name, name)
