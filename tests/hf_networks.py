@@ -71,6 +71,14 @@ def vq_model(**settings: Any) -> diffusers.VQModel:
     return random_weights(diffusers.VQModel(sample_size=16, scaling_factor=1.0, **levels(2), **settings))
 
 
+def autoencoder_tiny(**settings: Any) -> diffusers.AutoencoderTiny:
+    small: dict[str, Any] = {
+        "encoder_block_out_channels": (16, 16), "num_encoder_blocks": (1, 2), "decoder_block_out_channels": (16, 16),
+        "num_decoder_blocks": (3, 1),
+    }  # fmt: skip
+    return random_weights(diffusers.AutoencoderTiny(**{**small, **settings}))
+
+
 def clip_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
     from tokenizers import pre_tokenizers
 

@@ -134,6 +134,39 @@ def test_vq_model(tmp_path: Path) -> None:
     alike(mine.decode(z), theirs.decode(z).sample.clamp(-1, 1))  # pyright: ignore
 
 
+def test_autoencoder_tiny(tmp_path: Path) -> None:
+    """There and back; what it doesn't have is named."""
+    theirs = hf.autoencoder_tiny(scaling_factor=2.0)
+    theirs.save_pretrained(tmp_path / "in")
+    mine, x = load(tmp_path / "in"), noise(2, 3, 16, 16)
+    z = theirs.encode(x).latents.detach()  # pyright: ignore
+    alike(mine.encode(x), 2 * z)
+    alike(mine.decode(2 * z), theirs.decode(z).sample.clamp(-1, 1).detach())  # pyright: ignore
+    assert mine.config.data.size == (128, 128)
+    limner.convert(tmp_path / "in", tmp_path / "out", to="diffusers")
+    back = diffusers.AutoencoderTiny.from_pretrained(tmp_path / "out")
+    assert torch.equal(back.decode(z).sample, theirs.decode(z).sample)  # pyright: ignore
+    assert back.config["scaling_factor"] == 2.0
+    settings = json.loads((tmp_path / "in/config.json").read_text())
+    for change, said in (
+        ({"act_fn": "gelu"}, "act_fn: gelu has no counterpart; relu has"),
+        ({"decoder_block_out_channels": [16, 32]}, "should be equally many, of one width"),
+    ):
+        (tmp_path / "in/config.json").write_text(json.dumps({**settings, **change}))
+        assert said in refusal(tmp_path / "in")
+
+
+def test_stable_diffusion_with_a_tiny_autoencoder(sd: Path, tmp_path: Path) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(sd, vae=hf.autoencoder_tiny())
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path)
+    mine, x = load(tmp_path), noise(2, 4, 8, 8)
+    options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+    theirs = pipeline(["a cat", "zebra"], latents=x.clone(), **options).images
+    drawn = mine.sample(text=["a cat", "zebra"], steps=3, guidance=3.0, initial_noise=x, output="tensor")
+    alike(drawn / 2 + 0.5, theirs)
+
+
 def test_names_of_old_versions_are_known(tmp_path: Path) -> None:
     theirs = hf.autoencoder_kl()
     theirs.save_pretrained(tmp_path)
@@ -257,13 +290,6 @@ def test_settings_without_a_counterpart_are_named(tmp_path: Path, change: dict[s
         assert said in message
     else:  # the last level resamples nothing, so it doesn't matter
         load(tmp_path)
-
-
-def test_tiny_autoencoders_are_refused(tmp_path: Path) -> None:
-    widths = (16,) * 4
-    tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths)
-    tiny.save_pretrained(tmp_path)
-    assert "AutoencoderTiny has no counterpart" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,10 @@ class AutoencoderConfig(Section):
     regulariser: Annotated[KLConfig | VQConfig, Field(discriminator="kind")] = KLConfig()
     patch: PositiveInt = 1
     middle: Literal["attention", "none"] = "attention"
+    blocks: Literal["residual", "tiny"] = Field(
+        default="residual",
+        description="tiny: convolutions and ReLU alone, of one width, as TAESD; needs decoder_levels",
+    )
     decoder_levels: tuple[Level, ...] | None = Field(
         default=None, description="another, smaller decoder; default: mirror"
     )

@@ -86,7 +86,7 @@ def _single(component: Component) -> Parts:
         beside = component.folder.parent / "scheduler"
         if (beside / hf_schedule.FILE).is_file():
             found.scheduler = Component.read(beside, hf_schedule.FILE)
-    elif component.kind == "AutoencoderTiny" or component.kind in hf_config.AUTOENCODERS:
+    elif component.kind in hf_config.AUTOENCODERS:
         found.autoencoder = component
     else:
         known = ", ".join((*hf_config.UNETS, *hf_config.AUTOENCODERS))

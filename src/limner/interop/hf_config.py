@@ -11,8 +11,10 @@ from limner.errors import LimnerError
 from limner.interop.hf_files import Component
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
-AUTOENCODERS = ("AutoencoderKL", "VQModel")
+AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 
+CELLS = 64
+"""Side of the latents of Stable Diffusion, for which tiny autoencoders are made."""
 _SILU = ("silu", "swish")
 _COMMON: dict[str, Any] = {
     "sample_size": None, "freq_shift": 0, "flip_sin_to_cos": True, "time_embedding_dim": None, "layers_per_block": 2,
@@ -62,6 +64,15 @@ VQ_MODEL: dict[str, Any] = {
     "up_block_types": ["UpDecoderBlock2D"], "block_out_channels": [64], "layers_per_block": 1, "latent_channels": 3,
     "sample_size": 32, "num_vq_embeddings": 256, "norm_num_groups": 32, "vq_embed_dim": None,
     "scaling_factor": 0.18215, "mid_block_add_attention": True,
+}  # fmt: skip
+AUTOENCODER_TINY: dict[str, Any] = {
+    "in_channels": 3, "out_channels": 3, "encoder_block_out_channels": [64] * 4, "num_encoder_blocks": [1, 3, 3, 3],
+    "decoder_block_out_channels": [64] * 4, "num_decoder_blocks": [3, 3, 3, 1], "latent_channels": 4,
+    "scaling_factor": 1.0, "shift_factor": 0.0, "block_out_channels": None,  # the last repeats those of the decoder
+}  # fmt: skip
+AUTOENCODER_TINY_ONLY: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,), "latent_magnitude": (3,),
+    "latent_shift": (0.5,), "force_upcast": (False, True),
 }  # fmt: skip
 AUTOENCODER_KL_ONLY: dict[str, tuple[Any, ...]] = {"act_fn": _SILU, "force_upcast": (True, False)}
 VQ_MODEL_ONLY: dict[str, tuple[Any, ...]] = {
@@ -246,14 +257,13 @@ class AutoencoderFacts:
 
 
 def autoencoder(component: Component, *, alone: bool = False) -> AutoencoderFacts:
-    """AutoencoderKL or VQModel. alone: not beside a U-Net. Raises LimnerError for whatever has no counterpart."""
+    """AutoencoderKL, VQModel or AutoencoderTiny. alone: not beside a U-Net. Raises LimnerError for whatever has no
+    counterpart."""
     where = component.where
-    if component.kind == "AutoencoderTiny":
-        raise LimnerError(f"{where}: AutoencoderTiny has no counterpart: its blocks have ReLU and no norm; "
-                          f"{' and '.join(AUTOENCODERS)} have")  # fmt: skip
     if component.kind not in AUTOENCODERS:
-        raise LimnerError(f"{where}: {component.kind or 'no class'} has no counterpart; {' and '.join(AUTOENCODERS)} "
-                          "have")  # fmt: skip
+        raise LimnerError(f"{where}: {component.kind or 'no class'} has no counterpart; {', '.join(AUTOENCODERS)} have")
+    if component.kind == "AutoencoderTiny":
+        return _tiny(component.complete(AUTOENCODER_TINY, AUTOENCODER_TINY_ONLY), where, alone=alone)
     kl = component.kind == "AutoencoderKL"
     s = component.complete(*((AUTOENCODER_KL, AUTOENCODER_KL_ONLY) if kl else (VQ_MODEL, VQ_MODEL_ONLY)))
     if s["in_channels"] != s["out_channels"]:
@@ -286,6 +296,30 @@ def autoencoder(component: Component, *, alone: bool = False) -> AutoencoderFact
     size = _size(s["sample_size"])
     assert size is not None
     return AutoencoderFacts(section, s["in_channels"], size, mean, std)
+
+
+def _tiny(s: Mapping[str, Any], where: str, *, alone: bool) -> AutoencoderFacts:
+    """`num_decoder_blocks` begins with the coarsest level."""
+    encoder, decoder = s["num_encoder_blocks"], s["num_decoder_blocks"][::-1]
+    widths = {*s["encoder_block_out_channels"], *s["decoder_block_out_channels"]}
+    if len(widths) > 1 or len({len(encoder), len(decoder), len(s["encoder_block_out_channels"])}) > 1:
+        raise LimnerError(f"{where}: encoder_block_out_channels, num_encoder_blocks and those of the decoder: should "
+                          "be equally many, of one width")  # fmt: skip
+    if s["in_channels"] != s["out_channels"]:
+        raise LimnerError(f"{where}: in_channels {s['in_channels']} and out_channels {s['out_channels']} differ")
+    width = widths.pop()
+    section = {
+        "kind": "autoencoder",
+        "blocks": "tiny",
+        "levels": [{"channels": width, "blocks": count} for count in encoder],
+        "decoder_levels": [{"channels": width, "blocks": count} for count in decoder],
+        "latent_channels": s["latent_channels"],
+        "middle": "none",
+        "quant_conv": False,
+    }
+    side = CELLS * 2 ** (len(encoder) - 1)
+    mean, std = _normalisation(s, s["latent_channels"], alone=alone)
+    return AutoencoderFacts(section, s["in_channels"], (side, side), mean, std)
 
 
 def _normalisation(s: Mapping[str, Any], channels: int, *, alone: bool) -> tuple[list[float], list[float]]:

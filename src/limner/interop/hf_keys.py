@@ -31,6 +31,12 @@ OLD_ATTENTION = (
 )
 """As diffusers called it before version 0.17; its files are still around."""
 RESAMPLE = (rule("conv", "conv"),)
+TINY = tuple(
+    rule(name, name)
+    for half in ("encoder", "decoder")
+    for name in (f"{half}.layers.{{i}}", f"{half}.layers.{{i}}.conv.{{j}}")
+)
+"""The tiny autoencoder has the same names on both sides."""
 
 
 def unet(model: UNetConfig, *, old: bool = True) -> list[Rule]:
@@ -88,7 +94,10 @@ def _middle_of(resnet: Sequence[Rule], between: Sequence[Rule]) -> list[Rule]:
 
 
 def autoencoder(config: AutoencoderConfig, *, old: bool = True) -> list[Rule]:
-    """From AutoencoderKL or VQModel to `nn.autoencoder.Autoencoder`, all but the latent's mean and deviation."""
+    """From AutoencoderKL, VQModel or AutoencoderTiny to `nn.autoencoder.Autoencoder`, all but the latent's mean and
+    deviation."""
+    if config.blocks == "tiny":
+        return list(TINY)
     attention = [*ATTENTION, *(OLD_ATTENTION if old else ())]
     ends = [
         rule("conv_in", "stem"),

@@ -142,6 +142,9 @@ def _autoencoder(written: Written, name: str, config: c.RunConfig, section: c.Au
     scale, changed = 1.0, dict[str, Tensor]()
     if not mean.any() and bool((std == std[0]).all()):
         scale = 1 / float(std[0])
+    elif section.blocks == "tiny":
+        raise refuse("autoencoder.latent_std", "the tiny autoencoder bends latents before it decodes them, so that one "
+                     "mean and deviation a channel can't go into its weights")  # fmt: skip
     else:
         changed |= _normalised(own, section, mean, std)
     quant_conv = "quant_conv.weight" in own or "quant_conv.weight" in changed

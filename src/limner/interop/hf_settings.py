@@ -174,6 +174,8 @@ def _label_rows(config: c.RunConfig) -> int | None:
 
 def autoencoder(section: c.AutoencoderConfig, channels: int, size: Sequence[int]) -> tuple[str, dict[str, Any]]:
     """Class and settings of the autoencoder, but for its latents' scale. Raises LimnerError naming what lacks."""
+    if section.blocks == "tiny":
+        return "AutoencoderTiny", _tiny(section, channels)
     levels, part = section.levels, "autoencoder"
     inner = section.z_channels or section.latent_channels
     kl = isinstance(section.regulariser, c.KLConfig)
@@ -211,3 +213,18 @@ def autoencoder(section: c.AutoencoderConfig, channels: int, size: Sequence[int]
         return "VQModel", {**settings, "num_vq_embeddings": section.regulariser.codes,
                            "vq_embed_dim": section.latent_channels}  # fmt: skip
     return "AutoencoderKL", settings
+
+
+def _tiny(section: c.AutoencoderConfig, channels: int) -> dict[str, Any]:
+    if isinstance(section.regulariser, c.VQConfig):
+        raise refuse("autoencoder.regulariser vq", "diffusers' tiny autoencoder has no codebook")
+    decoder = (section.decoder_levels or section.levels)[::-1]
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "encoder_block_out_channels": [level.channels for level in section.levels],
+        "num_encoder_blocks": [level.blocks for level in section.levels],
+        "decoder_block_out_channels": [level.channels for level in decoder],
+        "num_decoder_blocks": [level.blocks for level in decoder],
+        "latent_channels": section.latent_channels,
+    }

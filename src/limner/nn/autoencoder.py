@@ -22,6 +22,7 @@ from limner.nn.layers import Downsample, ResBlock, Upsample
 from limner.nn.norm import GroupNorm
 from limner.nn.quantizer import Quantised, VectorQuantizer
 from limner.nn.tiling import tiled
+from limner.nn.tiny import TinyDecoder, TinyEncoder
 from limner.nn.unet import Level, run_stages
 
 Middle = Literal["attention", "none"]
@@ -158,10 +159,10 @@ class Autoencoder(nn.Module):
     """Encoder, regularised latent, decoder.
 
     channels: of the picture. latent_channels: c. quantizer: the codebook of a VQ autoencoder; without it the latent
-    is a diagonal Gaussian. z_channels: between the networks and the 1x1 convolutions, where it isn't c. stem_channels:
-    width before the first level, where it isn't the level's. The decoder may be another one than the encoder's
-    mirror, smaller and faster: decoder_levels, decoder_patch, decoder_middle. The rest is as in
-    `limner.config.AutoencoderConfig`.
+    is a diagonal Gaussian, or a point where blocks are tiny (`nn/tiny.py`). z_channels: between the networks and the
+    1x1 convolutions, where it isn't c. stem_channels: width before the first level, where it isn't the level's. The
+    decoder may be another one than the encoder's mirror, smaller and faster: decoder_levels, decoder_patch,
+    decoder_middle. The rest is as in `limner.config.AutoencoderConfig`.
 
     The buffers `latent_mean` and `latent_std` (c,) are measured after training; `normalise` brings latents to zero
     mean and unit variance by channel, and diffusion sees only such latents.
@@ -181,6 +182,7 @@ class Autoencoder(nn.Module):
         quantizer: VectorQuantizer | None = None,
         patch: int = 1,
         middle: Middle = "attention",
+        blocks: Literal["residual", "tiny"] = "residual",
         decoder_levels: Sequence[Level] | None = None,
         decoder_patch: int | None = None,
         decoder_middle: Middle | None = None,
@@ -205,16 +207,22 @@ class Autoencoder(nn.Module):
                               f"decoder_patch enlarge by {decoder_factor}; they should be the same")  # fmt: skip
         if not quant_conv and z_channels != latent_channels:
             raise LimnerError(f"autoencoder: z_channels {z_channels} without quant_conv should be {latent_channels}")
-        moments = 1 if quantizer else 2
-        bricks = Bricks(norm_groups, norm_eps, dropout, convolve=resample == "conv")
-        self.encoder = Encoder(channels, moments * z_channels, levels, bricks, middle=middle, patch=patch,
-                               stem_channels=stem_channels)  # fmt: skip
-        self.decoder = Decoder(channels, z_channels, decoder_levels, bricks, middle=decoder_middle or middle,
-                               patch=decoder_patch)  # fmt: skip
+        moments = 1 if quantizer or blocks == "tiny" else 2
+        if blocks == "tiny":
+            tiny = _tiny_width(levels, decoder_levels, plain=patch == decoder_patch == 1 and not quant_conv)
+            self.encoder = TinyEncoder(channels, latent_channels, tiny, [level.blocks for level in levels])
+            self.decoder = TinyDecoder(channels, latent_channels, tiny, [level.blocks for level in decoder_levels])
+        else:
+            bricks = Bricks(norm_groups, norm_eps, dropout, convolve=resample == "conv")
+            self.encoder = Encoder(channels, moments * z_channels, levels, bricks, middle=middle, patch=patch,
+                                   stem_channels=stem_channels)  # fmt: skip
+            self.decoder = Decoder(channels, z_channels, decoder_levels, bricks, middle=decoder_middle or middle,
+                                   patch=decoder_patch)  # fmt: skip
         project = partial(nn.Conv2d, kernel_size=1)
         self.quant_conv = project(moments * z_channels, moments * latent_channels) if quant_conv else nn.Identity()
         self.post_quant_conv = project(latent_channels, z_channels) if quant_conv else nn.Identity()
-        if quantizer is None:
+        self.point = moments == 1
+        if isinstance(self.encoder, Encoder) and quantizer is None:
             last = self.quant_conv if isinstance(self.quant_conv, nn.Conv2d) else self.encoder.out
             assert last.bias is not None
             nn.init.constant_(last.bias[latent_channels:], FIRST_LOG_VARIANCE)
@@ -306,9 +314,20 @@ class Autoencoder(nn.Module):
     def _posterior(self, moments: Tensor) -> Posterior:
         if self.quantizer is not None:
             return Posterior(self.quantizer.prepare(moments.movedim(1, -1)).movedim(-1, 1))
+        if self.point:
+            return Posterior(moments.float())
         mean, log_variance = moments.float().chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
 
     def _decode(self, z: Tensor) -> Tensor:
         z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(self.post_quant_conv(z), self.gradient_checkpointing and self.training)
+
+
+def _tiny_width(levels: Sequence[Level], decoder_levels: Sequence[Level], *, plain: bool) -> int:
+    """The one width of a tiny autoencoder. Raises LimnerError where there are several, or what it doesn't have."""
+    widths = {level.channels for level in (*levels, *decoder_levels)}
+    if len(widths) > 1 or not plain or any(level.attention for level in (*levels, *decoder_levels)):
+        raise LimnerError("autoencoder: blocks tiny should have levels of one width, without attention, patches and "
+                          "quant_conv")  # fmt: skip
+    return widths.pop()
