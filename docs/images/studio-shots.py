@@ -71,6 +71,8 @@ def shoot(browser: Browser, address: str, name: str) -> None:
     page = browser.new_page(**{"viewport": {"width": 1280, "height": 800}, **options})
     page.set_default_timeout(PATIENCE_MS)
     page.goto(address)
+    page.get_by_role("tab", name="Watch").wait_for()
+    page.wait_for_timeout(1000)
     use(page)
     page.wait_for_timeout(1000)
     page.screenshot(path=HERE / f"studio-{name}.png", full_page=True)
@@ -88,7 +90,8 @@ def main() -> None:
     with socket.socket() as bound, sync_playwright() as playwright:
         bound.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
-        threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True).start()
+        serving = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        serving.start()
         while not server.started:
             time.sleep(0.1)
         browser = playwright.chromium.launch(executable_path=asked.chromium, args=["--no-sandbox", "--disable-gpu"])
@@ -96,6 +99,7 @@ def main() -> None:
             shoot(browser, f"http://localhost:{bound.getsockname()[1]}/", name)
         browser.close()
         server.should_exit = True
+        serving.join(timeout=20)
 
 
 if __name__ == "__main__":

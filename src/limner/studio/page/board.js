@@ -1,14 +1,9 @@
-// A canvas of cells, each of one class: brush, flood fill, undo; by mouse, finger or keyboard. In a `gr.HTML` component.
-// props: rows and columns of an empty canvas, names, colours (#rrggbb, or "" for none) and numbers of the classes, start (index of the brush's first class),
-// opacity of the paint over a picture, said and legend (labels).
-// props.value: null for nothing told, or {rows, columns, cells: base64 of a byte a cell, row by row, picture: data URL of what lies below, or null}.
+// A canvas of cells, each of one class: brush, flood fill, undo; by mouse, finger or keyboard. In a `gr.HTML`.
+// props: rows and columns of an empty canvas; names, colours (#rrggbb, or "" for none) and numbers of the classes,
+// the last of which is nothing; start, the place of the brush's first class; opacity of the paint over a picture.
+// props.value: null for nothing told, or {rows, columns, cells: base64 of a byte a cell, row by row, picture: data
+// URL of what lies below, or null}.
 const { names, colours, numbers, opacity, start } = props;
-const make = (tag, attributes = {}, ...inside) => {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...inside);
-  return made;
-};
 const group = (window.limnerBoards = (window.limnerBoards ?? 0) + 1);
 const choice = (kind, value, text, chosen, ...mark) => {
   const input = make("input", { type: "radio", name: `limner-${kind}-${group}`, value });
@@ -71,7 +66,8 @@ function resize(value) {
 function read() {
   const value = props.value ?? props;
   if (value.rows !== rows || value.columns !== columns) resize(value);
-  cells = value.cells ? Uint8Array.from(atob(value.cells), (letter) => letter.charCodeAt(0)) : new Uint8Array(count).fill(numbers.at(-1));
+  cells = new Uint8Array(count).fill(numbers.at(-1));
+  if (value.cells) cells = Uint8Array.from(atob(value.cells), (letter) => letter.charCodeAt(0));
   ground = null;
   past.length = 0;
   if (value.picture) {
@@ -125,7 +121,8 @@ function at(event) {
 
 function stroke(to) {
   const [x, y] = last ?? to, steps = Math.max(1, Math.abs(to[0] - x), Math.abs(to[1] - y));
-  for (let k = 0; k <= steps; k++) dab([Math.round(x + (to[0] - x) * k / steps), Math.round(y + (to[1] - y) * k / steps)]);
+  const between = (start, end, k) => Math.round(start + (end - start) * k / steps);
+  for (let k = 0; k <= steps; k++) dab([between(x, to[0], k), between(y, to[1], k)]);
   last = to;
 }
 
@@ -152,7 +149,8 @@ canvas.onkeydown = (event) => {
   const move = moves[event.key], [x, y] = cursor ?? [columns >> 1, rows >> 1];
   if (!move && event.key !== " " && event.key !== "Enter") return;
   event.preventDefault();
-  cursor = move ? [Math.min(columns - 1, Math.max(0, x + move[0])), Math.min(rows - 1, Math.max(0, y + move[1]))] : [x, y];
+  const within = (value, most) => Math.min(most - 1, Math.max(0, value));
+  cursor = move ? [within(x + move[0], columns), within(y + move[1], rows)] : [x, y];
   if (!move) { last = null; apply(cursor); last = null; tell(); }
   show();
 };

@@ -59,7 +59,7 @@ def box_board(names: Sequence[str], size: Size) -> gr.HTML:
 
 
 def _script(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
+    return "".join((_HERE / part).read_text(encoding="utf-8") for part in ("dom.js", name))
 
 
 def told(cells: npt.NDArray[Any], picture: Image.Image | None = None) -> dict[str, Any]:

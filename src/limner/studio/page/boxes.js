@@ -1,21 +1,16 @@
-// Named boxes on a canvas: drag to make one, drag it to move it, drag a corner to resize it; arrow keys do the same. In a
-// `gr.HTML` component. props: names and colours of the classes, rows and columns of the picture.
+// Named boxes on a canvas: drag to make one, drag it to move it, drag a corner to resize it; arrow keys do the same.
+// In a `gr.HTML`. props: names and colours of the classes, rows and columns of the picture.
 // props.value: [[class, x, y, w, h], ...], x, y the left upper corner, all in 0..1: what the HTTP API takes.
 const { names, colours, rows, columns } = props;
 const LEAST = 0.02, STEP = 0.02;
-const make = (tag, attributes = {}, ...inside) => {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...inside);
-  return made;
-};
 const field = make("div", { class: "limner-field", role: "group", "aria-label": "Boxes; drag to make one" });
 field.style.aspectRatio = `${columns} / ${rows}`;
 const kind = make("select", { "aria-label": "Class of the box" }, ...names.map((name) => make("option", {}, name)));
 const add = make("button", { type: "button" }, "Add a box");
 const remove = make("button", { type: "button" }, "Delete the box");
-const json = make("code", { class: "limner-json", tabindex: 0, role: "region", "aria-label": "the boxes as JSON" });
-const help = make("p", { class: "limner-help" }, "Drag to make a box, to move it, or its corners to resize it. By keyboard: arrows move, with Shift they resize, Delete deletes.");
+const json = make("code", { class: "limner-json", tabindex: 0, role: "region", "aria-label": "boxes as JSON" });
+const help = make("p", { class: "limner-help" }, "Drag to make a box, to move it, or its corners to resize it. "
+  + "By keyboard: arrows move, with Shift they resize, Delete deletes.");
 element.replaceChildren(make("div", { class: "limner-boxes-in" }, field,
   make("div", { class: "limner-bar" }, make("label", {}, "Class", kind), add, remove), help,
   make("details", {}, make("summary", {}, "As JSON for the API"), json)));
@@ -28,10 +23,14 @@ const colour = (name) => colours[Math.max(0, names.indexOf(name))];
 
 function show() {
   field.replaceChildren(...boxes.map(([name, x, y, w, h], k) => {
-    const said = `${name}: left ${Math.round(100 * x)}%, top ${Math.round(100 * y)}%, ${Math.round(100 * w)}% by ${Math.round(100 * h)}%`;
-    const box = make("div", { class: "limner-box", tabindex: 0, role: "button", "aria-label": said, "aria-pressed": k === chosen },
-      make("span", {}, name), ...["nw", "ne", "sw", "se"].map((corner) => make("i", { "data-corner": corner })));
-    for (const [side, value] of Object.entries({ left: x, top: y, width: w, height: h })) box.style[side] = `${100 * value}%`;
+    const [left, top, width, height] = [x, y, w, h].map((share) => `${Math.round(100 * share)}%`);
+    const said = `${name}: left ${left}, top ${top}, ${width} by ${height}`;
+    const corners = ["nw", "ne", "sw", "se"].map((corner) => make("i", { "data-corner": corner }));
+    const state = { "aria-label": said, "aria-pressed": k === chosen };
+    const box = make("div", { class: "limner-box", tabindex: 0, role: "button", ...state }, make("span", {}, name),
+      ...corners);
+    const sides = { left: x, top: y, width: w, height: h };
+    for (const [side, value] of Object.entries(sides)) box.style[side] = `${100 * value}%`;
     box.style.setProperty("--limner-colour", colour(name));
     box.onfocus = () => { if (!drag) choose(k); };
     box.onkeydown = (event) => key(event, k);
@@ -105,7 +104,8 @@ field.onpointermove = (event) => {
   if (!drag) return;
   const [x, y] = at(event), [fromX, fromY] = drag.from;
   const span = drag.corner === "new"
-    ? moved([Math.min(fromX, x, 1 - LEAST), Math.min(fromY, y, 1 - LEAST), Math.abs(x - fromX), Math.abs(y - fromY)], 0, 0, "se")
+    ? moved([Math.min(fromX, x, 1 - LEAST), Math.min(fromY, y, 1 - LEAST), Math.abs(x - fromX), Math.abs(y - fromY)],
+      0, 0, "se")
     : moved(drag.span, x - fromX, y - fromY, drag.corner);
   boxes[chosen] = [boxes[chosen][0], ...rounded(span)];
   show();

@@ -55,8 +55,12 @@ class SemanticMap:
     def options(self, canvas: Size, *values: Any) -> dict[str, Any]:
         if values[0] is None:
             return {}
-        numbers = Image.fromarray(boards.cells_of(values[0], "semantic_map", self.limits))
-        return {"semantic_map": fitted(numbers, canvas, Image.Resampling.NEAREST)}
+        cells = boards.cells_of(values[0], "semantic_map", self.limits)
+        try:
+            refuse_classes(cells, len(self.classes) or None)
+        except PictureError as error:
+            raise LimnerError(str(error)) from None
+        return {"semantic_map": fitted(Image.fromarray(cells), canvas, Image.Resampling.NEAREST)}
 
     def restore(self, repeat: Repeat) -> list[Any]:
         maps = repeat.conditions.get("semantic_map")
