@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import struct
+import sys
+import types
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -140,6 +142,32 @@ def test_a_weight_that_claims_more_than_is_stored_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize("value", [[1, 2], {"a": 1}, torch.ones(1)], ids=["list", "no tensors", "tensor"])
 def test_files_without_named_weights_are_refused(tmp_path: Path, value: Any) -> None:
     assert "weights" in refusal(named(tmp_path, value))
+
+
+def test_files_of_k_diffusion_and_edm2_are_told(tmp_path: Path) -> None:
+    """The one keeps its weights under names of its own, the other a class with its source, which to load is to run."""
+    theirs = {
+        "config": {"model": {"type": "image_v1"}},
+        "model": {"a": torch.ones(1)},
+        "model_ema": {"a": torch.ones(1)},
+    }
+    assert "those under model, model_ema are of a project that isn't read" in refusal(named(tmp_path, theirs))
+
+    class Reconstructed:
+        def __reduce__(self) -> tuple[Any, tuple[dict[str, str]]]:
+            return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, ({"module_src": "1 / 0"},)
+
+    def reconstruct(meta: dict[str, str]) -> None:
+        raise AssertionError(meta)
+
+    reconstruct.__module__, reconstruct.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
+    module = types.ModuleType("torch_utils.persistence")
+    module._reconstruct_persistent_obj = reconstruct  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+        patched.setitem(sys.modules, "torch_utils.persistence", module)
+        (tmp_path / "edm2.pkl").write_bytes(pickle.dumps({"ema": Reconstructed()}))
+        assert "names 'torch_utils.persistence._reconstruct_persistent_obj'" in refusal(tmp_path / "edm2.pkl")
 
 
 def test_an_optimizer_is_named_as_such(tmp_path: Path) -> None:

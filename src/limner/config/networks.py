@@ -110,7 +110,7 @@ class AutoencoderConfig(Section):
     middle: Literal["attention", "none"] = "attention"
     blocks: Literal["residual", "tiny"] = Field(
         default="residual",
-        description="tiny: convolutions and ReLU alone, of one width, as TAESD; needs decoder_levels",
+        description="tiny: convolutions and ReLU alone, of one width, as TAESD",
     )
     decoder_levels: tuple[Level, ...] | None = Field(
         default=None, description="another, smaller decoder; default: mirror"

@@ -212,13 +212,19 @@ def _split(loaded: Any, path: Path) -> Content:
     source = nested if isinstance(nested, Mapping) else loaded
     weights = {str(name): x.detach() for name, x in source.items() if isinstance(x, Tensor)}
     if not weights:
-        raise LimnerError(f"{path}: holds no weights by name")
+        within = [str(name) for name, inner in loaded.items() if isinstance(inner, Mapping) and _has_tensors(inner)]
+        said = f"; those under {', '.join(within[:3])} are of a project that isn't read" if within else ""
+        raise LimnerError(f"{path}: holds no weights by name{said}")
     for name, x in weights.items():
         if x.layout != torch.strided or x.is_quantized or x.is_meta:
             raise LimnerError(f"{path}: weight '{name}' is sparse, quantised or empty; only plain weights are read")
         if x.numel() * x.element_size() > x.untyped_storage().nbytes():
             raise LimnerError(f"{path}: weight '{name}' claims {x.numel():,} values, more than the file stores")
     return Content(weights, {str(k): v for k, v in loaded.items() if k != "state_dict" and not isinstance(v, Tensor)})
+
+
+def _has_tensors(inner: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in inner.values())
 
 
 def _line(error: Exception) -> str:
