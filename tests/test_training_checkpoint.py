@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from limner.errors import LimnerError
 from limner.training import checkpoint
 from limner.training.checkpoint import Checkpoints
+from test_training_loop import at_images
 from tiny_training import recipe, run
 
 
@@ -67,6 +69,60 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     best = kept.best()
     assert best is not None
     assert best.images == 2
+    flip_a_byte(best.path / "ema.safetensors")
+    next_best = kept.best(verified=True)
+    assert next_best is not None
+    assert next_best.images == 5
+
+
+def test_the_only_good_one_is_never_let_go(tmp_path: Path) -> None:
+    """With one to keep, the old one stays until the new one is whole under its name."""
+    kept = Checkpoints(tmp_path, keep_last=1)
+    save(kept, 1)
+    originals = {name: getattr(checkpoint, name) for name in ("save_file", "_sync", "_write_text")}
+    seen = []
+
+    def watched(name: str) -> Any:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            found = Checkpoints(tmp_path).latest()
+            seen.append(found is not None and found.images)
+            return originals[name](*arguments, **settings)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in originals:
+            patch.setattr(checkpoint, name, watched(name))
+        save(kept, 2)
+    assert len(seen) > 6
+    assert set(seen) <= {1, 2}
+    assert names(tmp_path) == ["images-000000002"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing waits for a later step, which it would never see if that step waited for it; what is written is what
+    was there when it was due."""
+    config = recipe(images=64, checkpoint_every=32)
+    later, original = threading.Event(), checkpoint.save_file
+
+    def patient(*arguments: Any, **settings: Any) -> None:
+        assert later.wait(30), "training waited for the disk"
+        original(*arguments, **settings)
+
+    monkeypatch.setattr(checkpoint, "save_file", patient)
+    run(tmp_path / "run", config, change=at_images(48, later.set))
+    monkeypatch.setattr(checkpoint, "save_file", original)
+    run(tmp_path / "plain", recipe(images=64, checkpoint_every=32, background=False))
+    for images in (32, 64):
+        one, two = (load_file(tmp_path / name / "checkpoints" / f"images-{images:09d}" / "model.safetensors")
+                    for name in ("run", "plain"))  # fmt: skip
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_full_disk_is_told_before_the_next_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(LimnerError, match="images-000000016: the disk is full"):
+        run(tmp_path, recipe(images=8_000_000, checkpoint_every=16, log_every=8_000_000))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])

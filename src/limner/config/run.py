@@ -101,6 +101,7 @@ class TrainingConfig(Section):
     seed: int = 0
     checkpoint_every: PositiveInt = Field(default=100_000, description="images")
     keep_last: PositiveInt = 2
+    background: bool = Field(default=True, description="write checkpoints, from a copy, while training goes on")
     log_every: PositiveInt = Field(default=2_000, description="images")
     held_out_every: PositiveInt = Field(default=50_000, description="images")
     preview_every: PositiveInt = Field(default=50_000, description="images")

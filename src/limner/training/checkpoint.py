@@ -166,17 +166,19 @@ class Checkpoints:
             raise LimnerError(f"{self.directory}: every checkpoint is damaged; start another run with --out")
         return None
 
-    def best(self) -> Checkpoint | None:
-        """The checkpoint with the lowest held-out figure, or None where none has one."""
+    def best(self, *, verified: bool = False) -> Checkpoint | None:
+        """The checkpoint with the lowest held-out figure, or None where none has one. verified: of those that are
+        whole."""
         ranked = []
         for images, path in self._found():
             try:
                 state = _read_state(path)
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
-            if isinstance(state.get("held_out"), (int, float)):
+            if isinstance(state, dict) and isinstance(state.get("held_out"), (int, float)):
                 ranked.append((state["held_out"], -images, Checkpoint(path, images, state)))
-        return min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
+        found = (checkpoint for *_, checkpoint in sorted(ranked, key=lambda entry: entry[:2]))
+        return next((each for each in found if not verified or _damage(each.path) is None), None)
 
     def newest(self) -> Path | None:
         """The newest checkpoint's directory, unverified."""
@@ -330,7 +332,7 @@ def _damage(path: Path) -> str | None:
                 return f"{name} is not what was written"
     except OSError as error:
         return f"{Path(error.filename).name if error.filename else STATE}: {error.strerror}"
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{STATE} is not what was written"
     return None
 

@@ -26,6 +26,7 @@ from limner.config import RunConfig
 from limner.errors import LimnerError
 from limner.hardware import autocast
 from limner.training import lora, preview
+from limner.training.background import Background, copied
 from limner.training.checkpoint import Checkpoint, Checkpoints, load_weights, same_run
 from limner.training.clock import Clock, learning_rate
 from limner.training.devices import (
@@ -96,16 +97,17 @@ def train(
         training = Training(task, data, config, out, clock, accelerator, display)
         batches = Batches(data, settings.seed, settings.batch, settings.accumulate, accelerator.process_index,
                           accelerator.num_processes, training.order)  # fmt: skip
-        training.open(resume)
-        reason = training.agree(stop)
-        if reason is None:
-            for batch in batches.stream(clock.images, ahead=training.device.type != "cpu"):
-                training.step(batch)
-                reason = training.agree(stop)
-                if reason is not None:
-                    break
-                training.report()
-        return training.finish(reason, stop.name)
+        with training.writer:
+            training.open(resume)
+            reason = training.agree(stop)
+            if reason is None:
+                for batch in batches.stream(clock.images, ahead=training.device.type != "cpu"):
+                    training.step(batch)
+                    reason = training.agree(stop)
+                    if reason is not None:
+                        break
+                    training.report()
+            return training.finish(reason, stop.name)
 
 
 class Training:
@@ -128,6 +130,7 @@ class Training:
         compiles = self.sharding is None and wants_compile(self.settings, self.device)
         self.compiled = Compiled(task.networks, compiles, display.say)
         self.checkpoints = Checkpoints(out, self.settings.keep_last)
+        self.writer = Background()
         self.metrics = MetricsFile(out / "metrics.jsonl")
         self.data_statistics = preview.data_statistics(data) if self.main else {}
         self.means = Means()
@@ -221,6 +224,7 @@ class Training:
         """Raises LimnerError after too many bad steps in a row."""
         if int(self.bad_in_a_row) < self.settings.nan_patience:
             return
+        self.writer.wait()
         last = self.checkpoints.newest()
         good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
         raise LimnerError(
@@ -255,6 +259,7 @@ class Training:
             self.share_means()
         if telling or due["checkpoint"]:
             self.share_place()
+        self.writer.check()
         if not self.takes_part:
             return
         if telling:
@@ -336,7 +341,8 @@ class Training:
     # --- from disk and to it ----------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint, and the run's model."""
+        """A checkpoint, and the run's model, from a copy of what they hold, so that training can go on."""
+        self.writer.wait()
         tensors = self.tensors()
         at, figure = self.held_out
         state = {
@@ -352,12 +358,19 @@ class Training:
             "threads": torch.get_num_threads(),
             "versions": {name: importlib.metadata.version(name) for name in ("limner", "torch")},
         }
-        if self.sharding is None:
-            self.checkpoints.save(self.clock.images, tensors, state)
-        else:
+        if self.sharding is not None:
             wait = partial(wait_for_processes, self.accelerator)
             self.checkpoints.save_pieces(self.clock.images, _flat(tensors), state, self.main, wait)
-        self.publish()
+            self.publish()
+        elif self.settings.background:
+            self.writer.run(partial(self.write, self.clock.images, copied(tensors), state))
+        else:
+            self.write(self.clock.images, tensors, state)
+
+    def write(self, images: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Put a checkpoint and the run's model on the disk; asks for nothing that training changes."""
+        self.checkpoints.save(images, tensors, state)
+        self.publish(tensors["ema"])
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint holds, live, by file."""
@@ -369,10 +382,12 @@ class Training:
         modules = {name: module.state_dict() for name, module in self.task.modules.items()}
         return {"ema": self.ema.module.state_dict(), **modules, "optimizer": slots}
 
-    def publish(self) -> None:
+    def publish(self, average: Mapping[str, Tensor] | None = None) -> None:
         """The run's model: the average, or that of the best checkpoint where the task has a best; adapters added in."""
-        best = self.checkpoints.best() if self.task.best_is else None
-        average = gathered(self.ema.module.state_dict()) if best is None else best.tensors("ema")
+        best = self.checkpoints.best(verified=True) if self.task.best_is else None
+        if best is not None:
+            average = best.tensors("ema")
+        average = gathered(self.ema.module.state_dict()) if average is None else average
         if self.main:
             self.checkpoints.publish(lora.merged(average), self.config)
 
@@ -441,6 +456,7 @@ class Training:
             self.save()
         elif self.takes_part and self.clock.images:
             self.publish()
+        self.writer.wait()
         for (
             tracker
         ) in self.accelerator.trackers:  # `end_training` would also take the process group from who comes next
