@@ -39,7 +39,7 @@ def commands() -> list[list[str]]:
 def test_every_command_is_understood() -> None:
     """Parsed as the command line would, and not run."""
     group: Any = typer.main.get_command(app)
-    assert len(commands()) == 8
+    assert len(commands()) == 10
     for name, *rest in commands():
         context = group.commands[name].make_context(name, list(rest))
         assert context.params["out"]
