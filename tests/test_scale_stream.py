@@ -27,6 +27,7 @@ from limner.data.stream import StreamDataset
 from limner.data.stream_files import expand
 from limner.data.stream_order import Plan, blocks_of, lanes_for
 from limner.errors import LimnerError
+from limner.recipe import automatic
 from limner.training.draws import Batches
 from limner.training.loop import train
 from limner.training.stream import CORRUPT, order_of
@@ -239,6 +240,8 @@ def test_a_record_without_its_label_is_skipped_as_corrupt(tmp_path: Path) -> Non
     file.write_bytes(file.read_bytes().replace(named, other))
     data = stream(source, ("label",))
     assert data.corrupt.keys() == {150}
+    raw = {"data": {"source": source, "stream": True}, "model": {"kind": "unet", "levels": [{"channels": 8}]}}
+    assert automatic(raw)["data"]["size"] == [32, 32]
     assert {n for step in steps(data, tmp_path / "run", 120, batch=8) for n in step} == set(range(200)) - {150}
 
 

@@ -12,7 +12,7 @@ from limner.config import AutoencoderConfig, ConditionConfig, DataConfig, RunCon
 from limner.data.catalog import open_source
 from limner.data.dataset import Dataset
 from limner.data.roles import image_role, label_role
-from limner.data.sources import FileSpan, Source
+from limner.data.sources import FileSpan, Source, refuse
 from limner.data.transforms import PictureError, opened, oriented_size
 from limner.errors import LimnerError
 
@@ -71,7 +71,8 @@ def automatic(raw: dict[str, Any]) -> dict[str, Any]:
     """The default recipe made to fit its data: unconditional where there are no labels; 64x64, or 32x32 for pictures
     smaller than that, on a 16x16 grid of patches. What the user has set stays."""
     section = config.parse(raw, "recipe").data
-    source = open_source(str(section.source), section.split)
+    # What is wrong with single rows of a stream is skipped later.
+    source = open_source(str(section.source), section.split, (lambda _: None) if section.stream else refuse)
     if label_role(source, section) is None:
         raw = {**raw, "conditions": [], "sampling": {**raw.get("sampling", {}), "guidance": 1.0}}
     size = section.size or (2 * (64 if min(_first_size(source, section)) >= 64 else 32,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from limner.config.run import RunConfig
 from limner.errors import LimnerError, suggest
+
+MOST_VALUES = 100_000
+"""In a recipe, aliases written out."""
 
 
 def parse(raw: dict[str, Any], where: str) -> RunConfig:
@@ -33,9 +38,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise LimnerError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise LimnerError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not _fits(raw):
+        raise LimnerError(f"{path}: its aliases stand for more than {MOST_VALUES:,} values")
     if not isinstance(raw, dict):
         raise LimnerError(f"{path}: should be a mapping of keys to values, is a {type(raw).__name__}")
     return raw
+
+
+def _fits(raw: Any) -> bool:
+    """Whether a few anchors and aliases don't stand for more than memory holds, or for themselves."""
+    left, waiting = MOST_VALUES, [raw]
+    while waiting and left:
+        node, left = waiting.pop(), left - 1
+        if isinstance(node, dict | list):
+            waiting.extend(islice(node.values() if isinstance(node, dict) else node, left + 1))
+    return not waiting
 
 
 def dump(config: RunConfig, path: str | Path) -> None:
@@ -62,8 +79,10 @@ def override(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise LimnerError(f"--set {setting}: '{text}' is not a YAML value") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise LimnerError(f"--set {setting}: '{text[:80]}' is not a YAML value") from None
+        if not _fits(value):
+            raise LimnerError(f"--set {setting[:80]}: its aliases stand for more than {MOST_VALUES:,} values")
         if isinstance(node, list):
             node[_index(node, leaf, setting)] = value
         elif isinstance(node, dict):
@@ -86,8 +105,11 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in place) or "recipe"
     if first["type"] == "extra_forbidden":
         return f"unknown key '{name}'{suggest(str(place[-1]), _siblings(first['loc']))}"
-    return f"{name}: {first['msg'].removeprefix('Value error, ')} (is {first['input']!r})"[:400]
+    return f"{name}: {first['msg'].removeprefix('Value error, ')} (is {_BRIEF.repr(first['input'])})"[:400]
 
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 200
 
 _UNION_TAGS = frozenset(
     "linear scaled_linear discrete_cosine table cosine rectified_flow unet classifier autoencoder kl vq "
