@@ -52,7 +52,7 @@ MODEL = part(
 """`v1-inference.yaml` of CompVis/stable-diffusion."""
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 CASES = (("safetensors", "float32", "limner"), ("ckpt", "float32", "limner"), ("ckpt", "float16", "limner"),
-         ("ckpt", "float16", "diffusers"))  # fmt: skip
+         ("ckpt", "float32", "diffusers"), ("ckpt", "float16", "diffusers"))  # fmt: skip
 
 
 def layout() -> dict[str, tuple[int, ...]]:
@@ -117,7 +117,7 @@ def alone(target: Any, *arguments: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="The peak of memory that `limner convert` takes.")
     parser.add_argument("--folder", type=Path, required=True, help="a new folder, deleted in the end")
     folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True)
