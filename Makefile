@@ -1,4 +1,4 @@
-# make demo: train a small model on the embedded emoji and draw with it. make test: every check.
+# make demo: draw with the models that come with Limner, then train one from nothing. make test: every check.
 # Needs python3 >= 3.11 with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -6,11 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# How long the demo trains; with the installation it ends within ten minutes on two cores.
-DEMO_BUDGET ?= 5m
 DEMO := demo
+# What the demo draws with, and for how long it trains; with the installation it ends within ten minutes on two cores.
+DEMO_MODEL ?= emoji
+DEMO_BUDGET ?= 2m
+DEMO_CAPTIONS := --text "red heart" --text "green apple" --text "cat face" --text "soccer ball" \
+  --text "grinning face with sunglasses" --text "woman shrugging dark skin tone" --text "blue book" --text "full moon"
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint docs pictures tour format bench clean
 
 setup: $(INSTALLED)
 
@@ -24,15 +27,27 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/limner train examples/emoji --preset emoji --out $(DEMO)/run --budget $(DEMO_BUDGET) --resume
-	for s in 1 2 3; do \
-	  $(BIN)/limner sample $(DEMO)/run --num 32 --guidance $$s --seed 0 --out $(DEMO)/guidance-$$s.png --overwrite || exit; \
+	@mkdir -p $(DEMO)
+	$(BIN)/limner models
+	$(BIN)/limner sample $(DEMO_MODEL) $(DEMO_CAPTIONS) --num 16 --out $(DEMO)/asked.png --overwrite
+	@echo "A grid of what was asked for: $(CURDIR)/$(DEMO)/asked.png"
+	$(BIN)/limner sample $(DEMO_MODEL) --text "red heart" --num 1 --out $(DEMO)/whole/ --overwrite
+	$(BIN)/limner sample $(DEMO_MODEL) --text "green heart" --num 4 --image $(DEMO)/whole/000000.png \
+	  --mask examples/mask.png --out $(DEMO)/painted.png --overwrite
+	@echo "Its lower half painted anew, four times: $(CURDIR)/$(DEMO)/painted.png"
+	for s in 1 3 6; do \
+	  $(BIN)/limner sample $(DEMO_MODEL) $(DEMO_CAPTIONS) --num 8 --guidance $$s --out $(DEMO)/guidance-$$s.png --overwrite || exit; \
 	done
+	@echo "The same noise under guidance 1, 3 and 6: $(CURDIR)/$(DEMO)/guidance-*.png"
 	@echo
-	@echo "Pictures by the model that was just trained, a column for each group, the same noise in each file:"
-	@for s in 1 2 3; do echo "  $(CURDIR)/$(DEMO)/guidance-$$s.png"; done
-	@echo "The run, with its previews and metrics: $(CURDIR)/$(DEMO)/run"
-	@echo "More of them: $(BIN)/limner sample $(DEMO)/run --label 'Food & Drink' --num 16 --out food.png"
+	@echo "Now a model from nothing: handwritten digits, at most $(DEMO_BUDGET). Its pictures while it learns:"
+	@echo "  $(CURDIR)/$(DEMO)/digits/previews/"
+	$(BIN)/limner train digits --out $(DEMO)/digits --budget $(DEMO_BUDGET) --resume
+	$(BIN)/limner sample $(DEMO)/digits --num 40 --out $(DEMO)/digits.png --overwrite
+	$(BIN)/limner evaluate $(DEMO)/digits --num 200
+	@echo
+	@echo "What it draws now, a column for each digit: $(CURDIR)/$(DEMO)/digits.png"
+	@echo "More: $(BIN)/limner sample $(DEMO_MODEL) --text 'a word of yours' --out yours.png"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -44,6 +59,18 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+# The documentation, into site/; `make test` builds it too.
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+# The pictures of docs/methods, drawn again.
+pictures: setup
+	$(BIN)/python scripts/pictures.py
+
+# The notebook with its outputs, carried out again.
+tour: setup
+	$(BIN)/python scripts/tour.py examples/tour.ipynb
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -53,4 +80,4 @@ bench: setup
 	$(BIN)/limner bench
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(DEMO) site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
