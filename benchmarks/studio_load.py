@@ -15,7 +15,6 @@ import io
 import json
 import os
 import random
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-import uvicorn
 from PIL import Image
 
 import limner
@@ -32,6 +30,7 @@ from limner.studio.engine import Engine
 from limner.studio.guard import Guard
 from limner.studio.http import application
 from limner.studio.limits import Limits
+from limner.studio.server import running
 from limner.studio.shelf import Shelf
 
 
@@ -54,21 +53,14 @@ def main() -> None:
 def load(run: str, clients: int, seconds: float, steps: int, batch: int, keep: int) -> dict[str, Any]:
     """Figures of one load, and `keep` of the pictures by seed, any as likely as another.
 
-    asked, drawn, failed: requests. memory_grown_mb: resident memory at the end of the load, less that after its first
-    tenth.
+    drawn, failed: requests, all that were sent. memory_grown_mb: resident memory at the end of the load, less that
+    after its first tenth.
     """
     engine = Engine(Shelf.open([run]), Limits(queue=clients, batch=batch))
     app = Guard(application(engine), token=None, upload=engine.limits.upload, metrics=engine.metrics)
     process, pictures, failed = psutil.Process(os.getpid()), [], []
     drawn, chance, lock = set[int](), random.Random(0), threading.Lock()
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
-        serving = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-        serving.start()
-        while not server.started:
-            time.sleep(0.01)
-        address = f"http://localhost:{bound.getsockname()[1]}"
+    with running(app) as address:
         end = time.monotonic() + seconds
 
         def client(number: int) -> None:
@@ -97,8 +89,6 @@ def load(run: str, clients: int, seconds: float, steps: int, batch: int, keep: i
                 each.result()
         took = time.monotonic() - began
         grown = process.memory_info().rss - before
-        server.should_exit = True
-        serving.join()
     engine.close()
     return {"drawn": len(drawn), "failed": len(failed), "pictures_per_s": round(len(drawn) / took, 2),
             "memory_mb": round((before + grown) / 1e6), "memory_grown_mb": round(grown / 1e6, 1),

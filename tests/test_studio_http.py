@@ -103,7 +103,7 @@ def test_without_a_seed_pictures_differ(client: TestClient) -> None:
 
 
 def test_the_official_client_makes_pictures(engine: Engine) -> None:
-    with tiny_studio.live(_guarded(engine, "sesame-open-sesame"), "off") as address:
+    with server.running(_guarded(engine, "sesame-open-sesame"), "off") as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="sesame-open-sesame", max_retries=0)
         assert [model.id for model in client.models.list()] == ["tiny"]
         answer = client.images.generate(model="tiny", prompt="dog", n=2, extra_body={"seed": 3})
@@ -125,7 +125,7 @@ def test_a_client_that_goes_away_frees_its_place_within_a_second(engine: Engine)
     network = engine.shelf.generators["tiny"].model.network
     hook = network.register_forward_pre_hook(lambda *_: time.sleep(0.01))  # a drawing of many seconds
     try:
-        with tiny_studio.live(_guarded(engine), "off") as address:
+        with server.running(_guarded(engine), "off") as address:
             taken = [_gone(engine, int(address.rsplit(":", 1)[1])) for _ in range(3)]
     finally:
         hook.remove()

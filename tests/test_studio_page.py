@@ -23,6 +23,7 @@ from limner.studio.guard import Guard
 from limner.studio.http import application
 from limner.studio.limits import Limits
 from limner.studio.page import mount
+from limner.studio.server import running
 from limner.studio.shelf import Shelf
 
 PATIENCE_MS = 60_000
@@ -58,7 +59,7 @@ def engine(runs: dict[str, Path]) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def address(engine: Engine) -> Iterator[str]:
     app = Guard(mount(application(engine), engine), token=None, upload=8_000_000, metrics=engine.metrics)
-    with tiny_studio.live(app) as found:
+    with running(app) as found:
         yield f"{found}/"
 
 

@@ -17,6 +17,7 @@ from limner.studio.engine import Engine
 from limner.studio.guard import Guard
 from limner.studio.http import application
 from limner.studio.page import mount
+from limner.studio.server import running
 from limner.studio.shelf import Shelf
 from limner.studio.watching import watch
 
@@ -43,7 +44,7 @@ def training(tmp_path: Path) -> Iterator[Path]:
 def test_a_training_is_watched_while_it_goes_on(training: Path) -> None:
     engine = Engine(Shelf.open([training]))
     app = Guard(mount(application(engine), engine), token=None, upload=10_000, metrics=engine.metrics)
-    with tiny_studio.live(app) as address, tiny_studio.chromium() as browser:
+    with running(app) as address, tiny_studio.chromium() as browser:
         page = browser.new_page()
         page.set_default_timeout(PATIENCE_MS)
         page.goto(address)

@@ -1,21 +1,18 @@
 """Models that draw in milliseconds, for the studio's tests: untrained, but with weights that let conditions through.
-And a server for them, and a browser."""
+And a browser."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-import uvicorn
 
 from limner import build
 from limner.config import RunConfig
@@ -87,20 +84,6 @@ def box_recipe() -> RunConfig:
     model = {"kind": "unet", "levels": [{"channels": 8, "cross_attention": 1}], "norm_groups": 4, "head_dim": 8}
     section = {"kind": "boxes", "classes": ["car", "tree"], "width": 8, "depth": 1, "head_dim": 8}
     return recipe([section], classes=None, model=model)
-
-
-@contextlib.contextmanager
-def live(app: Any, lifespan: Literal["on", "off"] = "on") -> Iterator[str]:
-    """A real server on a free port, in a thread; gives its address. lifespan: off leaves the engine open at the end."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        running = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan=lifespan, ws="none"))
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
-        thread.start()
-        until(lambda: running.started)
-        yield f"http://localhost:{bound.getsockname()[1]}"
-        running.should_exit = True
-        thread.join(20)
 
 
 @contextlib.contextmanager

@@ -6,17 +6,13 @@ RUN: a model of captions or classes. A run that has previews gives the picture o
 from __future__ import annotations
 
 import argparse
-import socket
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from limner.studio.server import prepare
+from limner.studio.server import prepare, running
 
 HERE = Path(__file__).parent
 PATIENCE_MS = 600_000
@@ -87,19 +83,11 @@ def main() -> None:
     asked = parser.parse_args()
     names = asked.only or [name for name in SHOTS if name != "watch" or (asked.run / "previews").is_dir()]
     app, _ = prepare([asked.run])
-    with socket.socket() as bound, sync_playwright() as playwright:
-        bound.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
-        serving = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-        serving.start()
-        while not server.started:
-            time.sleep(0.1)
+    with running(app) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=asked.chromium, args=["--no-sandbox", "--disable-gpu"])
         for name in names:
-            shoot(browser, f"http://localhost:{bound.getsockname()[1]}/", name)
+            shoot(browser, address, name)
         browser.close()
-        server.should_exit = True
-        serving.join(timeout=20)
 
 
 if __name__ == "__main__":

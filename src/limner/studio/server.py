@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from limner.errors import LimnerError
 from limner.studio.limits import Limits
@@ -34,6 +38,28 @@ def serve(runs: Sequence[str | Path], *, host: str = "127.0.0.1", port: int = 78
     bound = _bind(server.config, host, port)
     print(f"The studio is at {address} (Ctrl-C ends it)", flush=True)
     server.run(sockets=[bound])
+
+
+@contextmanager
+def running(app: Any, lifespan: Literal["on", "off"] = "on") -> Iterator[str]:
+    """An ASGI application that answers on a free port of this machine, from a thread, inside the block; its address.
+
+    lifespan: off leaves the application's engine open at the end.
+    """
+    import uvicorn
+
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan=lifespan, ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        try:
+            yield f"http://localhost:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
 
 
 def prepare(runs: Sequence[str | Path], *, host: str = "127.0.0.1", token: str | None = None,
