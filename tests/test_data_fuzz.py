@@ -22,10 +22,7 @@ from pictures import encode, parquet, pixels, tar, write
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-SEEDS = {
-    form: encode(pixels(1, (9, 11)), form)
-    for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA")
-}
+SEEDS = {form: encode(pixels(1, (9, 11)), form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA")}
 SEEDS["ICO"] = encode(pixels(1, (16, 16)), "ICO")
 SEEDS["JPEG2000"] = encode(pixels(1, (32, 32)), "JPEG2000")
 SEEDS["palette"] = encode(Image.new("P", (9, 9)), transparency=0)
