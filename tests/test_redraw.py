@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import tiny_studio
+from limner import redraw
 from limner.cli.program import run as limner
 from limner.errors import LimnerError
 from limner.outputs import png
@@ -49,6 +50,36 @@ def test_from_a_picture_the_same_is_drawn(home: Path, source: str, tmp_path: Pat
     found = out if source == "grid.png" else out / "000002.png"
     np.testing.assert_array_equal(np.asarray(Image.open(found)), np.asarray(Image.open(home / source)))
     assert Repeat.read(found) == Repeat.read(home / source)
+
+
+@pytest.mark.parametrize("further", [["--strength", "0.6"], ["--mask", "hole.png"]])
+def test_a_picture_made_of_others_is_drawn_again_without_them(home: Path, tmp_path: Path, further: list[str],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    side = Image.open(home / "single" / "000000.png").size[0]
+    for number in range(2):
+        (tmp_path / "given").mkdir(exist_ok=True)
+        Image.new("RGB", (side, side), (200 * number, 90, 30)).save(tmp_path / "given" / f"{number}.png")
+    Image.fromarray(np.tri(side, dtype=np.uint8) * 255).save(tmp_path / "hole.png")
+    asked = ["sample", str(home / "run"), "--image", "given", *further, "--label", "dog", "--num", "3", "--out"]
+    assert limner([*asked, "first"]) == 0
+    for name in ("given", "hole.png"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    assert limner(["sample", "--from", "first/000001.png", "--out", "again"]) == 0
+    first, again = (np.asarray(Image.open(f"{folder}/000001.png")) for folder in ("first", "again"))
+    np.testing.assert_array_equal(again, first)
+    assert "iVBOR" not in Path("first/metadata.jsonl").read_text()  # the pictures themselves are in the PNG alone
+
+
+def test_a_picture_made_of_a_large_one_says_that_it_lacks_it(home: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(redraw, "MOST_TEXT", 40)
+    given = home / "single" / "000000.png"
+    out = tmp_path / "out.png"
+    asked = ["sample", str(home / "run"), "--image", str(given), "--strength", "0.5", "--label", "dog", "--num", "1"]
+    assert limner([*asked, "--out", str(out)]) == 0
+    with pytest.raises(LimnerError, match=r"was drawn from 000000\.png, which is too large"):
+        Repeat.read(out)
 
 
 def test_what_a_picture_tells(home: Path) -> None:

@@ -42,11 +42,13 @@ class Picture:
     pixels: uint8 (H, W, C), C = 1, 3 or 4.
     index: its number; with the seed it decides the noise.
     facts: what belongs to this picture alone (`label`, `label_name`, `text`), JSON values.
+    within: what only its PNG is to carry: the pictures that it was made of, as text.
     """
 
     index: int
     pixels: np.ndarray
     facts: Mapping[str, Any] = field(default_factory=dict)
+    within: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def caption(self) -> str:
@@ -123,7 +125,7 @@ class DirectoryWriter(Writer):
         for picture in pictures:
             name = f"{picture.index:06d}.png"
             facts = _facts(self.recipe, picture)
-            (self.scratch / name).write_bytes(png(picture.pixels, facts))
+            (self.scratch / name).write_bytes(png(picture.pixels, {**facts, **picture.within}))
             self._lines.write(json.dumps({"file_name": name, **facts}, ensure_ascii=False) + "\n")
 
 
@@ -137,7 +139,8 @@ class TarWriter(Writer):
     def add(self, pictures: Sequence[Picture]) -> None:
         for picture in pictures:
             facts = _facts(self.recipe, picture)
-            members = {"png": png(picture.pixels, facts), "json": json.dumps(facts, ensure_ascii=False).encode()}
+            members = {"png": png(picture.pixels, {**facts, **picture.within}),
+                       "json": json.dumps(facts, ensure_ascii=False).encode()}  # fmt: skip
             if "label" in picture.facts:
                 members["cls"] = str(picture.facts["label"]).encode()
             if "text" in picture.facts:
@@ -198,7 +201,7 @@ class GridWriter(Writer):
 
     def finish(self) -> None:
         sheet = grid([p.pixels for p in self._pictures], [p.caption for p in self._pictures])
-        facts = {**self.recipe, "pictures": [{"index": p.index, **p.facts} for p in self._pictures]}
+        facts = {**self.recipe, "pictures": [{"index": p.index, **p.facts, **p.within} for p in self._pictures]}
         self.scratch.write_bytes(png(sheet, facts))
 
 

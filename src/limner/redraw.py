@@ -20,6 +20,8 @@ CONDITIONS = ("label", "text", "negative_text", "boxes")
 """Facts of a picture that are options of `Generator.stream`, one value a picture."""
 PICTURES = ("image", "mask", "semantic_map")
 """The same, but for pictures: as PNG in base64."""
+MOST_TEXT = 2**19
+"""Characters of such a picture; of a larger one its file's name is kept."""
 
 
 def facts_of(generator: Generator, run: str, settings: Settings, seed: int,
@@ -32,11 +34,12 @@ def facts_of(generator: Generator, run: str, settings: Settings, seed: int,
 
 
 def further_facts(conditions: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """What a picture was told beside its label, caption and boxes: pictures, and a caption to move away from."""
-    found = {name: as_text(conditions[name][row]) for name in PICTURES if name in conditions}
-    if "negative_text" in conditions:
-        found["negative_text"] = conditions["negative_text"][row]
-    return found
+    """What a picture was told beside its label, caption and boxes: pictures, and a caption to move away from. Of each
+    condition the values come in turn."""
+    told = {name: conditions[name][row % len(conditions[name])] for name in (*PICTURES, "negative_text")
+            if conditions.get(name)}  # fmt: skip
+    found = {name: value if name == "negative_text" else as_text(value) for name, value in told.items()}
+    return {name: text for name, text in found.items() if name == "negative_text" or len(text) <= MOST_TEXT}
 
 
 def as_text(image: Image.Image) -> str:
@@ -97,6 +100,10 @@ class Repeat:
             raise LimnerError(f"{name}: there is no such file" if missing else f"{name}: is no picture") from None
         if facts is None:
             raise LimnerError(f"{name}: carries no recipe; only pictures that Limner drew do")
+        for key, file in (facts.get("files") or {}).items() if isinstance(facts, dict) else ():
+            if key not in (facts.get("pictures") or [facts])[0]:
+                raise LimnerError(f"{name}: was drawn from {file}, which is too large for its recipe; "
+                                  f"name it anew, without --from")  # fmt: skip
         return Repeat.of(facts, name)
 
     @staticmethod

@@ -43,7 +43,7 @@ def repeat(source: Path, run: str | None, out: str, *, classifier: str | None, c
         for drawn in gen.stream(**told.options, **options):
             for number, pixels, facts in zip(drawn.numbers, to_uint8(gen.finished(drawn)), drawn.facts, strict=True):
                 further = further_facts(told.conditions, number - told.first)
-                sink.add([Picture(number, pixels, {**facts, **further})])
+                sink.add([Picture(number, pixels, facts, further)])
     seconds = time.monotonic() - began
     facts = {"out": out, "num": told.num, "seconds": seconds, "images_per_s": told.num / seconds, **recipe}
     emit(facts, [f"{out}: {told.num} drawn again as {source} tells, in {seconds:.1f} s"], as_json)

@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -170,7 +170,8 @@ def sample(
     count = num or (max(map(len, lists)) if lists else max(DEFAULT_NUM, len(captions or ())))
     part = given.part_of(shard, count)
     settings = gen.settings(**chosen)
-    asked = {"strength": strength, "size": canvas, "condition": condition, "image": image, "mask": mask}
+    paths = {"semantic_map": condition, "image": image, "mask": mask}
+    asked = {"strength": strength, "size": canvas, "files": {k: p.name for k, p in paths.items() if p} or None}
     recipe = _recipe(gen, run, settings, seed, None if guide is None else guide.digest, asked)
     ends = _ends(seed, to_seed, {"text": (captions, to_text), "label": (labels, to_label)})
     began = time.monotonic()
@@ -189,7 +190,10 @@ def sample(
         else:
             wish = {"num": count, "label": labels, "text": captions, "negative_text": negative_text, "seed": seed,
                     "strength": strength, **files, **options}  # fmt: skip
-            pieces = in_batches(part, batch, lambda own: (_pictures(gen, d) for d in gen.stream(part=own, **wish)))
+            told = {**files, "negative_text": None if negative_text is None else [negative_text]}
+            pieces = in_batches(
+                part, batch, lambda own: (_pictures(gen, d, told) for d in gen.stream(part=own, **wish))
+            )
         for pictures in pieces:
             if sink is not None:
                 sink.add(pictures)
@@ -262,7 +266,6 @@ def _interval(text: str) -> tuple[float, float]:
 def _recipe(gen: Generator, run: str, settings: Settings, seed: int, guide_digest: str | None,
             asked: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
     """What is needed to draw the same again; it goes into every PNG."""
-    asked = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
     facts = {"run": run, "digest": gen.digest, "seed": seed, **asdict(settings), "classifier_digest": guide_digest}
     facts |= asked
     return {name: value for name, value in facts.items() if value is not None}
@@ -274,8 +277,13 @@ def counter(tell: Callable[[int, int], None], num: int, batch: int) -> Callable[
     return lambda step: tell(next(done), batches * step.total)
 
 
-def _pictures(gen: Generator, drawn: Drawn) -> list[Picture]:
+def _pictures(gen: Generator, drawn: Drawn, told: Mapping[str, Any]) -> list[Picture]:
+    """What was drawn; told: the conditions that are no words, each a list whose values come in turn."""
     from limner.generator import to_uint8
+    from limner.redraw import further_facts
 
     pixels = to_uint8(gen.finished(drawn))
-    return [Picture(*each) for each in zip(drawn.numbers, pixels, drawn.facts, strict=True)]
+    return [
+        Picture(number, own, facts, further_facts(told, number))
+        for number, own, facts in zip(drawn.numbers, pixels, drawn.facts, strict=True)
+    ]
