@@ -44,7 +44,7 @@ INSTEAD: dict[str, list[str]] = {
     "cifar10": ["model.patch=1"],
     "cifar10-uncond": ["model.patch=1"],
     "default": ["model.head_dim=96"],
-    "digits": ["model.patch=1", "model.norm_groups=16"],
+    "digits": ["model.patch=1", "model.norm_groups=8"],
     "emoji": ["model.patch=1", "model.head_dim=96"],
     "emoji-text": [
         "model.resample=conv", "conditions.0.pooled=false", "conditions.0.null=empty",
