@@ -22,7 +22,7 @@ from limner.data.dataset import Dataset, prepare
 from limner.evaluation.evaluate import quick
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-SAMPLERS = {"dpmpp_2m": 10, "ddim": 20, "ddpm": 25}
+SAMPLERS = {"dpmpp_2m": 10, "ddim": 15, "ddpm": 20}
 SHOWN = ("FD-efficientnet-lite0", "class_accuracy", "precision", "recall", "images_per_s")
 
 
