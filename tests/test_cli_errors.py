@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from limner.cli.program import run
+from limner.errors import LimnerError
 from tiny_cli import Workshop, pictures, program
 
 
@@ -211,3 +212,7 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_earlier_one(shop: Workshop, t
     assert (out / "model.safetensors").read_bytes() == before
     assert run(["sample", str(out), "--num", "1", "--out", str(tmp_path / "x.png")]) == 0
     assert run(["train", "--resume", "--out", str(out), "--images", "24"]) == 0
+
+
+def test_an_error_stays_on_its_line() -> None:
+    assert str(LimnerError("no such key 'a\nb\x1b'")) == "no such key 'a\\nb\\x1b'"

@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 
 class LimnerError(Exception):
-    """The user's input was wrong. The command line prints it in one line and exits with code 2."""
+    """The user's input was wrong. The command line prints it in one line and exits with code 2.
+
+    What cannot be printed on a line, such as a line's end within a wrong name, is shown as in Python's own strings.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
+        super().__init__(line)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
