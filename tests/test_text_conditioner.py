@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from limner import build
 from limner.config import RunConfig, TextCondition
 from limner.errors import LimnerError
+from limner.generator import Generator
 from limner.nn import text
 from limner.nn.conditioners import Conditioner, LabelConditioner
 from limner.nn.text import PretrainedEncoder, TextConditioner, TextTransformer, Vocabulary
@@ -180,7 +182,8 @@ def test_wrong_captions_are_said(given_text: object, says: str) -> None:
         conditioner()(given_text, 1)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_model_sees_its_captions() -> None:
+def of_captions_and_labels() -> tuple[RunConfig, build.Model]:
+    """A network that is told both, and heeds both."""
     config = RunConfig.model_validate({
         "data": {"size": 8}, "classes": ["a", "b"],
         "conditions": [{"kind": "label"}, {"kind": "text", "encoder": {"kind": "bpe", "width": 16, "head_dim": 8,
@@ -194,6 +197,23 @@ def test_a_model_sees_its_captions() -> None:
     with torch.no_grad():
         for parameter in model.network.parameters():  # branches that start at zero
             parameter.add_(0.05 * torch.randn_like(parameter))
+    return config, model
+
+
+def test_a_caption_alone_leaves_the_label_open() -> None:
+    gen = Generator(*of_captions_and_labels(), device=torch.device("cpu"))
+    options: dict[str, Any] = {"seed": 3, "steps": 2, "guidance": 2.0, "output": "tensor"}
+    alone = gen.sample(text=["red cat"] * 2, **options)
+    null = gen.sample(conditions={"text": ["red cat"] * 2, "label": torch.tensor([-1, -1])}, **options)
+    told = gen.sample(text=["red cat"] * 2, label=[0, 1], **options)
+    torch.testing.assert_close(alone, null)
+    assert not torch.allclose(alone, told)
+    assert [made.facts[0].get("label") for made in gen.stream(text="red cat", steps=1)] == [None]
+    assert [fact["label"] for made in gen.stream(num=2, steps=1) for fact in made.facts] == [0, 1]
+
+
+def test_a_model_sees_its_captions() -> None:
+    _, model = of_captions_and_labels()
     x, t, label = torch.randn(1, 3, 8, 8), torch.tensor([0.5]), torch.tensor([1])
     outs = [model(x, t, {"label": label, "text": [caption]}, {}) for caption in ("red cat", "blue heart")]
     assert not torch.allclose(*outs)

@@ -91,8 +91,6 @@ def asked_of(config: RunConfig, wish: Wish, size: tuple[int, int]) -> Asked:
     classes = tuple(config.classes or ()) if "label" in kinds else ()
     if wish.label is not None:
         conditions["label"] = label_numbers(wish.label, classes)
-    elif "label" in kinds:
-        conditions.setdefault("label", torch.arange(len(classes)))
     if wish.text is not None:
         conditions["text"] = _captions(wish.text)
     if wish.semantic_map is not None:
@@ -101,8 +99,11 @@ def asked_of(config: RunConfig, wish: Wish, size: tuple[int, int]) -> Asked:
         conditions["boxes"] = as_boxes(wish.boxes, kinds["boxes"])
     if wish.negative_text is not None and "text" not in kinds:
         raise LimnerError(f"negative_text: this model was not trained with text; {has(kinds)}")
+    asked = _pictures(config, wish, size, kinds, conditions)
+    if classes and not asked.conditions:  # nothing was asked for: every class in turn
+        asked.conditions["label"] = torch.arange(len(classes))
     negative = None if wish.negative_text is None else _captions(wish.negative_text)
-    return replace(_pictures(config, wish, size, kinds, conditions), negative=negative)
+    return replace(asked, negative=negative)
 
 
 def _captions(text: str | Sequence[str] | Tensor) -> list[Any]:
@@ -221,7 +222,7 @@ def as_boxes(boxes: Any, section: BoxesCondition) -> Tensor:
     if isinstance(boxes, Tensor):
         return boxes
     layouts = [boxes] if _is_layout(boxes) else boxes
-    return filled([_layout(layout, number, section.classes or ()) for number, layout in enumerate(layouts)])
+    return filled([_layout(layout, number, section.names) for number, layout in enumerate(layouts)])
 
 
 def _is_layout(boxes: Any) -> bool:

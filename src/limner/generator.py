@@ -86,6 +86,11 @@ class Generator(Loaded):
         return tuple(section.kind for section in self.config.conditions)
 
     @property
+    def _always(self) -> tuple[str, ...]:
+        """The conditions that have no null: guidance moves away from pictures for which they hold as well."""
+        return tuple(section.kind for section in self.config.conditions if not getattr(section, "null", True))
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Names of the labels, in order; empty for a model without labels."""
         return tuple(self.config.classes or ()) if "label" in self.modalities else ()
@@ -149,7 +154,7 @@ class Generator(Loaded):
         """Draw batch by batch, so that memory doesn't grow with `num`. Whatever is wrong is raised at once.
 
         num: how many pictures; by default one for each label, caption or picture given. Each condition is one for all,
-        or a list, repeated in rotation to `num`; where no label is given, a labelled model draws its classes.
+        or a list, repeated in rotation to `num`; where nothing is asked for, a labelled model draws its classes.
         semantic_map: PIL pictures or integers (N, h, w), or floats (N, K, h, w). boxes: a list of (class, x, y, w, h)
         in 0..1, or a list of such lists. negative_text: what to move away from, instead of from nothing. Where a model
         came without its text encoder, both are such an encoder's output (N, L, D).
@@ -227,6 +232,7 @@ class Generator(Loaded):
             size = order.shape[1:]
             tau = self.model.embed(cond, batch, size=size) if order.tau is None else order.tau[rows]
             negative = {} if asked.negative is None else {"text": asked.negative[rows]}
+            negative |= {name: cond[name] for name in self._always if name in cond}
             denoise = self.denoiser(settings, batch, cond, size=size, negative=negative)
             gradient = None
             if order.guide is not None:
@@ -267,9 +273,11 @@ class Generator(Loaded):
             told = partial(guidance.told, plain, embed=lambda tau, scale: replace(tau, guidance=scale))
             denoise = guidance.interval(told(settings.guidance), told(1.0), *settings.interval)
         elif settings.scales:
-            names = [name for name in self.modalities if name in cond]
+            always = {name: cond[name] for name in self._always if name in cond}
+            names = [name for name in self.modalities if name in cond and name not in always]
             chain = settings.composition == "chain"
-            parts = [{n: cond[n] for n in (names[: k + 1] if chain else [name])} for k, name in enumerate(names)]
+            parts = [{n: cond[n] for n in (*always, *(names[: k + 1] if chain else [name]))}
+                     for k, name in enumerate(names)]  # fmt: skip
             taus = [self.model.embed(part, batch, size=size) for part in parts]
             denoise = guidance.composed(plain, [settings.scales.get(name, 1.0) for name in names], taus, null=null(),
                                         join=Embedded.cat, chained=chain)  # fmt: skip
@@ -338,6 +346,8 @@ class Generator(Loaded):
                 raise LimnerError(
                     f"guidance of {name}: this model was not trained with it{suggest(name, self.modalities)}"
                 )
+            if name in self._always:
+                raise LimnerError(f"guidance of {name}: this model never learnt without it; leave it out")
         if settings.scales and tau is not None:
             raise LimnerError("guidance by modality: needs the conditions themselves, not tau")
         if settings.classifier_scale and classifier is None:
@@ -361,14 +371,14 @@ class Generator(Loaded):
                towards: list[dict[str, Any]] | None) -> list[dict[str, Any]]:  # fmt: skip
         """What each picture was asked to show; `towards`: by a classifier, where the model itself knows no labels."""
         facts: list[dict[str, Any]] = towards or [{} for _ in range(count)]
-        names = next((s.classes for s in self.config.conditions if isinstance(s, BoxesCondition)), None) or ()
+        names = next((s.names for s in self.config.conditions if isinstance(s, BoxesCondition)), ())
         for row, fact in enumerate(facts):
             if "label" in cond:
                 fact["label"] = int(cond["label"][row])
                 fact["label_name"] = self.classes[fact["label"]]
             if "text" in cond:
                 fact["text"] = cond["text"][row]
-            if "boxes" in cond:
+            if "boxes" in cond and cond["boxes"].ndim == 3:
                 boxes = [box for box in cond["boxes"][row].tolist() if box[0] >= 0]
                 fact["boxes"] = [[names[int(k)], *(round(value, 4) for value in span)] for k, *span in boxes]
         return facts

@@ -123,7 +123,7 @@ def _rotated(generator: Generator, options: Mapping[str, Any], start: int, count
         return {}
     names = ("label", "text", "classifier_label")
     given = {name: options[name] for name in names if isinstance(options.get(name), list | tuple | Tensor)}
-    if "label" in generator.modalities and options.get("label") is None:
+    if generator.modalities == ("label",) and options.get("label") is None:
         given["label"] = range(len(generator.classes))
     return {name: [values[k % len(values)] for k in range(start, start + count)] for name, values in given.items()}
 
