@@ -30,6 +30,7 @@ from limner.errors import LimnerError
 from limner.recipe import automatic
 from limner.training.draws import Batches
 from limner.training.loop import train
+from limner.training.share import Share
 from limner.training.stream import CORRUPT, order_of
 from limner.training.task import Losses, Task
 from test_training_crash import two_processes
@@ -146,10 +147,10 @@ class Recorder(Task):
         loss = self.modules["model"](batch["image"].mean((2, 3))).square().mean()
         return Losses({"model": loss}, {"loss": loss.detach()})
 
-    def held_out(self, average: nn.Module, data: Any) -> dict[str, float]:
+    def held_out(self, average: nn.Module, data: Any, share: Share) -> dict[str, float]:
         return {}
 
-    def preview(self, average: nn.Module) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    def preview(self, average: nn.Module, share: Share) -> tuple[npt.NDArray[np.uint8], list[str]]:
         return np.empty((0, 1, 1, 3), np.uint8), []
 
 

@@ -30,7 +30,8 @@ from limner.nn.perceptual import perceptual_distance, psnr, ssim
 from limner.nn.quantizer import perplexity
 from limner.training.draws import Part, Source
 from limner.training.preview import to_uint8
-from limner.training.task import Losses, Task
+from limner.training.share import ALONE, Share
+from limner.training.task import Losses, Means, Task, total
 
 BATCH = 32
 HELD_OUT_ROWS = 512
@@ -106,27 +107,27 @@ class AutoencoderTask(Task):
         return Warp((round(x.shape[2] // factor * share), round(x.shape[3] // factor * share)), factor, int(turns * 4))
 
     @torch.no_grad()
-    def held_out(self, average: nn.Module, data: Source) -> dict[str, float]:
+    def held_out(self, average: nn.Module, data: Source, share: Share = ALONE) -> dict[str, float]:
         """PSNR (dB), SSIM and perceptual distance of held-out pictures, with the latent's mode, and the perplexity of
         a codebook over all of them. Also measures the latents' mean and standard deviation anew, so that whatever is
         published after this is ready for diffusion."""
         autoencoder = autoencoder_of(average)
-        measure_latents(autoencoder, data)
+        measure_latents(autoencoder, data, share)
         live = autoencoder_of(self.model)
         live.latent_mean.copy_(autoencoder.latent_mean)
         live.latent_std.copy_(autoencoder.latent_std)
-        figures: dict[str, list[Tensor]] = {}
-        for x in pictures(data, data.held_out[:HELD_OUT_ROWS], autoencoder.latent_mean.device):
+        means, quantizer, device = Means(), autoencoder.quantizer, autoencoder.latent_mean.device
+        used = torch.zeros(0 if quantizer is None else quantizer.codes, device=device)
+        for x, counts in pictures(data, data.held_out[:HELD_OUT_ROWS], device, share):
             z = autoencoder.encode(x).mode()
             measured = self.compare(x, autoencoder.decode(z).float().clamp(-1, 1))
-            if autoencoder.quantizer is not None:
-                measured["codes"] = autoencoder.quantizer.quantise(z)[1].flatten()
-            for name, values in measured.items():
-                figures.setdefault(name, []).append(values)
-        whole = {name: torch.cat(values) for name, values in figures.items()}
-        codes = whole.pop("codes", None)
-        result = {f"held_out_{name}": values.mean().item() for name, values in whole.items()}
-        return result if codes is None else result | {"held_out_perplexity": perplexity(torch.bincount(codes)).item()}
+            means.add({f"held_out_{name}": total(values) * counts for name, values in measured.items()})
+            if quantizer is not None:
+                used += torch.bincount(quantizer.quantise(z)[1].flatten(), minlength=quantizer.codes) * counts
+        means.share(share.add_up)
+        if quantizer is None:
+            return means.read()
+        return means.read() | {"held_out_perplexity": perplexity(share.add_up(used)).item()}
 
     def compare(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """PSNR, SSIM where the pictures are large enough for it, and perceptual distance, each (B,), in float32."""
@@ -139,8 +140,8 @@ class AutoencoderTask(Task):
         return measured
 
     @torch.no_grad()
-    def preview(self, average: nn.Module) -> tuple[npt.NDArray[np.uint8], list[str]]:
-        """Held-out pictures, each beside its reconstruction, with the PSNR below."""
+    def preview(self, average: nn.Module, share: Share = ALONE) -> tuple[npt.NDArray[np.uint8], list[str]]:
+        """Held-out pictures, each beside its reconstruction, with the PSNR below: one pass, which isn't shared."""
         if not len(self._shown):
             return self._shown, []
         autoencoder = autoencoder_of(average)
@@ -249,23 +250,25 @@ def as_images(pixels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
     return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def pictures(data: Source, rows: npt.NDArray[np.int64], device: torch.device) -> Iterator[Tensor]:
-    """The pictures of these rows, un-augmented, in batches of images."""
-    for start in range(0, len(rows), BATCH):
-        yield as_images(data.uint8(rows[start : start + BATCH]), device)
+def pictures(data: Source, rows: npt.NDArray[np.int64], device: torch.device,
+             share: Share) -> Iterator[tuple[Tensor, bool]]:  # fmt: skip
+    """This process's share of the pictures of these rows, un-augmented, in batches of images; whether they count."""
+    for number, counts in share.turns(-(-len(rows) // BATCH)):
+        yield as_images(data.uint8(rows[number * BATCH : (number + 1) * BATCH]), device), counts
 
 
 @torch.no_grad()
-def measure_latents(autoencoder: Autoencoder, data: Source, rows: int = LATENT_ROWS) -> None:
+def measure_latents(autoencoder: Autoencoder, data: Source, share: Share = ALONE, rows: int = LATENT_ROWS) -> None:
     """Set `latent_mean` and `latent_std` to those of the latents of up to `rows` training pictures."""
-    total = torch.zeros(2, autoencoder.latent_channels, dtype=torch.float64, device=autoencoder.latent_mean.device)
-    count = 0
-    for x in pictures(data, data.train[:rows], total.device):
+    device = autoencoder.latent_mean.device
+    sums = torch.zeros(3, autoencoder.latent_channels, dtype=torch.float64, device=device)
+    for x, counts in pictures(data, data.train[:rows], device, share):
         posterior = autoencoder.encode(x)
         mean, variance = posterior.mean.double(), posterior.std.double().square()
-        total += torch.stack([mean.sum((0, 2, 3)), (mean.square() + variance).sum((0, 2, 3))])
-        count += mean[:, 0].numel()
-    mean, square = total / max(count, 1)
+        parts = [part.sum((0, 2, 3)) for part in (mean, mean.square() + variance, torch.ones_like(mean))]
+        sums += torch.stack(parts) * counts
+    added = share.add_up(sums)
+    mean, square = added[:2] / added[2].clamp_min(1)
     autoencoder.latent_mean.copy_(mean)
     autoencoder.latent_std.copy_((square - mean.square()).clamp_min(1e-12).sqrt())
 

@@ -43,6 +43,7 @@ from limner.training.ema import EMA
 from limner.training.optimizers import Optimizer
 from limner.training.progress import Display, MetricsFile, duration
 from limner.training.sharded import gathered, read_into
+from limner.training.share import Share
 from limner.training.signals import StopRequest
 from limner.training.startup import accelerator_for, claim, sharding_for
 from limner.training.stream import order_of
@@ -120,6 +121,7 @@ class Training:
         self.order = order_of(data, config, out, accelerator.process_index, accelerator.num_processes)
         self.place: Any = None
         self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.share = Share(accelerator.process_index, accelerator.num_processes, self.add_up)
         tune(self.device)
         self.sharding = sharding_for(config, accelerator)
         self.ema = self.place_networks()
@@ -141,6 +143,8 @@ class Training:
         self.logged_at = self.sitting_began = self.elapsed_s
         self.progress_at_start = self.lr_share = 0.0
         self.figures: dict[str, Any] = {}
+        self.judged: dict[str, Any] = {}
+        self.judged_at = self.elapsed_s
         self.held_out: tuple[int, float | None] = (-1, None)  # at how many images, and the figure that ranks
         self.best: float | None = None
         self.rounds_since_best = 0
@@ -242,28 +246,29 @@ class Training:
         if self.accelerator.num_processes > 1:
             if self.sitting_steps % _agree_every(self.device):
                 return None
-            told = torch.tensor(own, dtype=torch.float64, device=self.device)
-            own = sum_over_processes(self.accelerator, told).tolist()
+            own = self.share.add_up(torch.tensor(own, dtype=torch.float64)).tolist()
         self.elapsed_s = own[0]
         reasons = {"signal": own[1] > 0, "patience": own[2] > 0, "budget": self.clock.progress(self.elapsed_s) >= 1}
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     def report(self) -> None:
-        """What is due after this step. The main process does it; the others wait for it in the next step."""
+        """What is due after this step. All processes judge the model; the main one writes, and the others wait for it
+        in the next step."""
         due = {
             name: self.clock.passed(getattr(self.settings, f"{name}_every"), self.settings.batch)
             for name in ("log", "held_out", "preview", "checkpoint")
         }
-        improved, telling = False, due["log"] or due["held_out"] or due["preview"]
+        telling = due["log"] or due["held_out"] or due["preview"]
         if telling:
             self.share_means()
         if telling or due["checkpoint"]:
             self.share_place()
         self.writer.check()
+        improved = self.judge(held_out=due["held_out"], pictures=due["preview"])
         if not self.takes_part:
             return
         if telling:
-            improved = self.log(held_out=due["held_out"], pictures=due["preview"])
+            self.log()
         if due["checkpoint"] or (improved and self.task.best_is is not None):
             self.save()
         self.show()
@@ -275,43 +280,49 @@ class Training:
 
     def share_means(self) -> None:
         """Logs of all processes, added up; each of them takes part, and the main one keeps the result."""
-        if self.accelerator.num_processes > 1:
-            self.means.share(lambda sums: sum_over_processes(self.accelerator, sums))
+        self.means.share(self.share.add_up)
         if not self.main:
             self.means = Means()
 
     def share_place(self) -> None:
         """Where the data's order is; each process knows its own part of a stream."""
-        alone = self.accelerator.num_processes == 1
-        add_up = (lambda own: own) if alone else (
-            lambda own: sum_over_processes(self.accelerator, own.to(self.device)))  # fmt: skip
-        self.place = self.order.place(self.clock.images, add_up)
+        self.place = self.order.place(self.clock.images, self.share.add_up)
 
-    def log(self, *, held_out: bool, pictures: bool) -> bool:
-        """A line of metrics, with held-out figures and previews where they are due. Returns whether the held-out
-        figure is the best so far."""
-        seconds = self.clock.elapsed_s
-        images = self.clock.images
+    def add_up(self, own: Tensor) -> Tensor:
+        """The sum of every process's tensor, for each of them, where the tensor is."""
+        if self.accelerator.num_processes == 1:
+            return own
+        return sum_over_processes(self.accelerator, own.to(self.device)).to(own.device)
+
+    def judge(self, *, held_out: bool, pictures: bool) -> bool:
+        """Held-out figures and previews where they are due, by all processes. Returns whether the held-out figure is
+        the best so far."""
+        self.judged, self.judged_at = {}, self.clock.elapsed_s
+        with torch.no_grad(), autocast(self.settings.precision, self.device):
+            if held_out:
+                self.judged |= self.task.held_out(self.ema.module, self.data, self.share)
+                self.held_out = (self.clock.images, self.judged.get(self.task.best_is or "held_out_loss"))
+            if pictures:
+                self.judged |= self.draw()
+        return held_out and self.rank()
+
+    def log(self) -> None:
+        """A line of metrics, with what was judged."""
+        images, seconds = self.clock.images, self.judged_at
         rate = (images - self.logged_images) / max(seconds - self.logged_at, 1e-9)
         line: dict[str, Any] = {"images": images, "seconds": round(seconds, 2), **self.means.read()}
         line |= {"lr": self.lr_share * self.settings.lr, "images_per_s": round(rate, 2), "skipped": int(self.skipped)}
         line |= {} if self.order.corrupt is None else {"corrupt": self.order.corrupt}
-        with torch.no_grad(), autocast(self.settings.precision, self.device):
-            if held_out:
-                line |= self.task.held_out(self.ema.module, self.data)
-                self.held_out = (images, line.get(self.task.best_is or "held_out_loss"))
-            if pictures:
-                line |= self.draw()
+        line |= self.judged
         if self.main:
             self.metrics.write(line)
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=images)
         self.figures = line
         self.logged_images, self.logged_at = images, self.clock.elapsed_s
-        return held_out and self.rank()
 
     def draw(self) -> dict[str, Any]:
         """Previews as a PNG grid; their channel means and deviations, beside the data's."""
-        pictures, captions = self.task.preview(self.ema.module)
+        pictures, captions = self.task.preview(self.ema.module, self.share)
         if not len(pictures) or not self.main:
             return {}
         preview.save(self.out / "previews" / f"images-{self.clock.images:09d}.png", pictures, captions)
@@ -451,8 +462,10 @@ class Training:
             raise LimnerError(f"{self.out}: the budget was spent before the first step; give a longer --budget")
         self.share_means()
         self.share_place()
+        judge = bool(self.sitting_steps) and not hurry
+        self.judge(held_out=judge, pictures=judge)
         if self.takes_part and self.sitting_steps:
-            self.log(held_out=not hurry, pictures=not hurry)
+            self.log()
             self.save()
         elif self.takes_part and self.clock.images:
             self.publish()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limner.training.draws import Source
+from limner.training.share import ALONE, Share
 
 BANDS = 4
 """Losses are told apart by noise: t in quarters of [0, 1]."""
@@ -54,13 +55,14 @@ class Task(ABC):
         (seed, images seen, process, micro-batch); progress is the share of the budget that is spent, 0 to 1."""
 
     @abstractmethod
-    def held_out(self, average: nn.Module, data: Source) -> dict[str, float]:
-        """Figures of the averaged model on the held-out rows, the same rows and noise each time."""
+    def held_out(self, average: nn.Module, data: Source, share: Share = ALONE) -> dict[str, float]:
+        """Figures of the averaged model on the held-out rows, the same rows and noise each time. Every process calls
+        it, with its share of the work, and is given the figures of all."""
 
     @abstractmethod
-    def preview(self, average: nn.Module) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    def preview(self, average: nn.Module, share: Share = ALONE) -> tuple[npt.NDArray[np.uint8], list[str]]:
         """Pictures (N, H, W, C) by the averaged model, from fixed noise and conditions, and their captions; N may
-        be 0."""
+        be 0. Processes as in `held_out`."""
 
 
 def band_names(name: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,13 @@ from limner.core.losses import DiffusionLoss, LossTerms, stratified_times
 from limner.errors import LimnerError
 from limner.generator import Generator
 from limner.training.draws import Part, Source
+from limner.training.share import ALONE, Share
 from limner.training.task import Losses, Means, Task, by_band, to_device, total
 
 HELD_OUT_BATCH = 64
 HELD_OUT_SEED = 0
 PREVIEW_SEED = 0
+Logs = Callable[[Mapping[str, Any], Part, Tensor], Mapping[str, Tensor]]
 EARLIEST = 1e-3
 """Where log-uniform times begin."""
 CONTINUOUS_STEPS = 1000
@@ -71,21 +73,24 @@ class DiffusionTask(Task):
             for section in self.config.conditions
         }
 
-    def held_out(self, average: nn.Module, data: Source) -> dict[str, float]:
+    def held_out(self, average: nn.Module, data: Source, share: Share = ALONE) -> dict[str, float]:
         """`held_out_loss`, and the same by noise band; the same rows, times and noise each time, nothing dropped."""
         assert isinstance(average, build.Model)
-        means = Means()
-        for batch, part, t in held_out_batches(data, average):
-            terms = self._terms(average, batch, part, HELD_OUT_SEED, t, {})
-            means.add({"held_out_loss": total(terms.loss), **by_band("held_out_loss", terms.loss, t)})
-        return means.read()
 
-    def preview(self, average: nn.Module) -> tuple[npt.NDArray[np.uint8], list[str]]:
+        def logs(batch: Mapping[str, Any], part: Part, t: Tensor) -> dict[str, Tensor]:
+            loss = self._terms(average, batch, part, HELD_OUT_SEED, t, {}).loss
+            return {"loss": total(loss), **by_band("loss", loss, t)}
+
+        return held_out_means(data, average, share, logs)
+
+    def preview(self, average: nn.Module, share: Share = ALONE) -> tuple[npt.NDArray[np.uint8], list[str]]:
         """Samples of the averaged model by the recipe's sampling defaults, always from the same noise."""
         assert isinstance(average, build.Model)
-        options = {"num": len(self._captions), "seed": PREVIEW_SEED, **self._preview}
-        device = next(average.parameters()).device
-        return Generator(self.config, average, device=device).sample(output="array", **options), self._captions
+        options = {"num": len(self._captions), "seed": PREVIEW_SEED, "output": "array", **self._preview}
+        generator = Generator(self.config, average, device=next(average.parameters()).device)
+        drawn = share.together(len(self._captions),
+                               lambda part: torch.from_numpy(generator.sample(part=part, **options)))  # fmt: skip
+        return drawn.numpy(), self._captions
 
 
 class ClassifierTask(Task):
@@ -130,16 +135,17 @@ class ClassifierTask(Task):
                 logs |= {name: total(right), **by_band(name, right, t)}
         return loss, logs
 
-    def held_out(self, average: nn.Module, data: Source) -> dict[str, float]:
+    def held_out(self, average: nn.Module, data: Source, share: Share = ALONE) -> dict[str, float]:
         """`held_out_loss` without label smoothing, and accuracies, overall and by noise band."""
         assert isinstance(average, build.Model)
-        means = Means()
-        for batch, part, t in held_out_batches(data, average):
-            loss, logs = self._terms(average, batch, part, HELD_OUT_SEED, t, 0.0)
-            means.add({"loss": total(loss), **by_band("loss", loss, t), **logs})
-        return {f"held_out_{name}": value for name, value in means.read().items()}
 
-    def preview(self, average: nn.Module) -> tuple[npt.NDArray[np.uint8], list[str]]:
+        def logs(batch: Mapping[str, Any], part: Part, t: Tensor) -> dict[str, Tensor]:
+            loss, right = self._terms(average, batch, part, HELD_OUT_SEED, t, 0.0)
+            return {"loss": total(loss), **by_band("loss", loss, t), **right}
+
+        return held_out_means(data, average, share, logs)
+
+    def preview(self, average: nn.Module, share: Share = ALONE) -> tuple[npt.NDArray[np.uint8], list[str]]:
         """None: a classifier draws nothing."""
         return np.empty((0, 1, 1, 1), np.uint8), []
 
@@ -158,15 +164,20 @@ def drawn_times(part: Part, config: RunConfig) -> Tensor:
     return part.of(stratified_times(part.total, generator, kind))
 
 
-def held_out_batches(data: Source, module: nn.Module) -> Iterator[tuple[dict[str, Any], Part, Tensor]]:
-    """Batches of the held-out rows on the module's device, and the times of their rows, spread evenly over all."""
+def held_out_means(data: Source, module: nn.Module, share: Share, logs: Logs) -> dict[str, float]:
+    """Averages over the held-out rows of `logs(batch on the module's device, which rows, times)`, sums and counts by
+    name, as `held_out_<name>`. Times are spread evenly over all rows."""
     device = next(module.parameters()).device
-    rows = data.held_out
+    rows, means = data.held_out, Means()
     whole = Part(0, 0, len(rows), len(rows))
     t = stratified_times(len(rows), whole.generator(HELD_OUT_SEED, "held out"))
-    for start in range(0, len(rows), HELD_OUT_BATCH):
+    for number, counts in share.turns(-(-len(rows) // HELD_OUT_BATCH)):
+        start = number * HELD_OUT_BATCH
         part = Part(0, start, min(start + HELD_OUT_BATCH, len(rows)), len(rows))
-        yield to_device(data.batch(rows[part.start : part.stop]), device), part, part.of(t)
+        found = logs(to_device(data.batch(rows[part.start : part.stop]), device), part, part.of(t))
+        means.add({f"held_out_{name}": pair * counts for name, pair in found.items()})
+    means.share(share.add_up)
+    return means.read()
 
 
 def hidden_weights(model: build.Model) -> list[str]:
