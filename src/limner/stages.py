@@ -23,6 +23,7 @@ from limner.config import AutoencoderConfig, LatentSpace, RunConfig
 from limner.data.dataset import Dataset
 from limner.data.latents import with_latents
 from limner.data.pixels import Progress
+from limner.data.stream import StreamDataset
 from limner.errors import LimnerError
 from limner.hardware import best_device
 from limner.interop import hf_lora
@@ -32,6 +33,7 @@ from limner.training.autoencoder import AutoencoderTask
 from limner.training.checkpoint import Checkpoints, load_weights, read_model
 from limner.training.initial import Initial, begin, is_main_process, say
 from limner.training.loop import TrainResult
+from limner.training.stream import CORRUPT, CorruptRows
 from limner.training.tasks import ClassifierTask, DiffusionTask
 
 FIRST_STAGE = "autoencoder"
@@ -77,6 +79,8 @@ def train(recipe: RunConfig, pictures: Dataset, out: Path, *, given: Given | Non
             spent_s, started_at = first.seconds, time.monotonic()
         autoencoder = _kept(recipe, recipe.space, out / FIRST_STAGE)
         data = with_latents(pictures, autoencoder, progress=progress)
+        if isinstance(pictures, StreamDataset):
+            CorruptRows(pictures, out / CORRUPT, writes=is_main_process())
         if model.autoencoder is not None:
             model.autoencoder.load_state_dict(autoencoder.state_dict())
     result = loop.train(_task(model, recipe, data), data, recipe, out, resume=resume, started_at=started_at,

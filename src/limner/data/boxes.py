@@ -7,7 +7,8 @@ file, or all of them in 0..1; or they are made of semantic maps: a box around ea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ _CATEGORIES = ("categories", "category", "class", "classes", "labels", "label", 
 class Boxes:
     """boxes: for each row (n, 5), class, x, y, w, h in pixels of the picture as it is kept."""
 
-    boxes: list[Array]
+    boxes: list[Array] | Late
     names: tuple[str, ...]
     pictures: Pixels
     most: int
@@ -53,7 +54,20 @@ class Boxes:
         return None
 
     def fingerprint(self) -> str:
-        return f"{self.names} {[boxes.tolist() for boxes in self.boxes]}"
+        known = self.boxes.digest if isinstance(self.boxes, Late) else [boxes.tolist() for boxes in self.boxes]
+        return f"{self.names} {known}"
+
+
+@dataclass(frozen=True)
+class Late:
+    """The boxes of rows whose pictures aren't kept, worked out when they are asked for. digest: names what they are
+    made of."""
+
+    of: Callable[[int], Array]
+    digest: str
+
+    def __getitem__(self, row: int) -> Array:
+        return self.of(row)
 
 
 def filled(rows: Sequence[Array]) -> torch.Tensor:
@@ -103,21 +117,44 @@ def read_layouts(source: Source, columns: tuple[str, str], classes: Sequence[str
                  tell: Tell = refuse) -> Layouts:  # fmt: skip
     """The boxes of a data set; `columns` are theirs and the pictures'. Rows with boxes that can't be used go to
     `tell`, without them."""
-    parsed = [_parsed(source, row, value, columns[0], tell) for row, value in enumerate(source.values(columns[0]))]
-    names = tuple(classes or _names(source, [category for _, categories in parsed for category in categories]))
+    told = _told(source, columns[0], classes, tell)
     sizes = [_size(source, row, picture) for row, picture in enumerate(source.pictures(columns[1]))]
+    tables = [told.shares(row, size) for row, size in enumerate(sizes)]
+    found = [_inside(table) for table in tables]
+    outside = [row for row, table in enumerate(tables) if (np.abs(clipped(table) - table) > 1e-3).any()]
+    return Layouts(found, sizes, told.names, outside)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """boxes: for each row (n, 5), as they are written. relative: in 0..1 of their picture, else in its pixels."""
+
+    boxes: list[Array]
+    names: tuple[str, ...]
+    relative: bool
+
+    def shares(self, row: int, size: tuple[int, int]) -> Array:
+        """A row's boxes in 0..1 of its picture of `size`."""
+        height, width = (1, 1) if self.relative else size
+        return self.boxes[row] / np.array([1, width, height, width, height], np.float32)
+
+
+def _told(source: Source, column: str, classes: Sequence[str] | None, tell: Tell) -> _Told:
+    parsed = [_parsed(source, row, value, column, tell) for row, value in enumerate(source.values(column))]
+    names = tuple(classes or _names(source, [category for _, categories in parsed for category in categories]))
     relative = all(max(box) <= 1 for boxes, _ in parsed for box in boxes)
-    found, outside = [], []
-    for row, ((boxes, categories), (height, width)) in enumerate(zip(parsed, sizes, strict=True)):
+    tables = []
+    for row, (boxes, categories) in enumerate(parsed):
         numbers = [_number(source, row, category, names, tell) for category in categories]
-        scale = [1, 1] if relative else [width, height]
-        table = np.array([[n, *b] for n, b in zip(numbers, boxes, strict=True) if n is not None], np.float32)
-        table = table.reshape(-1, 5) / np.array([1, *scale, *scale], np.float32)
-        inside = clipped(table)
-        if (np.abs(inside - table) > 1e-3).any():
-            outside.append(row)
-        found.append(inside[inside[:, 3] * inside[:, 4] > 0])
-    return Layouts(found, sizes, names, outside)
+        table = [[n, *b] for n, b in zip(numbers, boxes, strict=True) if n is not None]
+        tables.append(np.array(table, np.float32).reshape(-1, 5))
+    return _Told(tables, names, relative)
+
+
+def _inside(boxes: Array) -> Array:
+    """Boxes in 0..1 clipped to the picture, without those that lie outside of it."""
+    inside = clipped(boxes)
+    return inside[inside[:, 3] * inside[:, 4] > 0]
 
 
 def leaving(source: Source, outside: Sequence[int]) -> tuple[str, ...]:
@@ -134,6 +171,21 @@ def read_boxes(source: Source, columns: tuple[str, str], pictures: Pixels, secti
     rows = zip(found.boxes, found.sizes, pictures.shapes, strict=True)
     kept = [_placed(boxes, size, shape) for boxes, size, shape in rows]
     return Boxes(kept, found.names, pictures, section.most, leaving(source, found.outside))
+
+
+def late_boxes(source: Source, column: str, pictures: Pixels, section: BoxesCondition, tell: Tell,
+               size: Callable[[int], tuple[int, int]]) -> Boxes:  # fmt: skip
+    """The same where pictures are decoded when they are asked for: `size(row)` is then that of one as it is. Rows with
+    boxes that can't be used go to `tell`."""
+    told = _told(source, column, section.classes, tell)
+
+    def of(row: int) -> Array:
+        as_it_is, as_kept = size(row), np.asarray(pictures.whole(row).shape[1:])
+        return _placed(_inside(told.shares(row, as_it_is)), as_it_is, as_kept)
+
+    written = b"".join(table.tobytes() for table in told.boxes)
+    digest = hashlib.blake2b(written, digest_size=16).hexdigest()
+    return Boxes(Late(of, f"{told.relative} {digest}"), told.names, pictures, section.most)
 
 
 def _placed(boxes: Array, size: tuple[int, int], shape: npt.NDArray[np.int64]) -> Array:
@@ -190,9 +242,9 @@ def _size(source: Source, row: int, picture: Encoded) -> tuple[int, int]:
         raise LimnerError(f"{source.picture_place(row)}: {error}") from None
 
 
-def boxes_of_maps(maps: SemanticMaps, section: BoxesCondition) -> Boxes:
+def boxes_of_maps(maps: SemanticMaps, section: BoxesCondition, *, late: bool = False) -> Boxes:
     """A box around each connected region of each class of a semantic map, but void; none smaller than
-    `section.smallest` of the picture."""
+    `section.smallest` of the picture. late: found when they are asked for."""
     if section.classes is not None and not set(section.classes) <= set(maps.names):
         stranger = next(name for name in section.classes if name not in maps.names)
         raise LimnerError(f"conditions: boxes of class '{stranger}': the semantic maps have none"
@@ -200,6 +252,9 @@ def boxes_of_maps(maps: SemanticMaps, section: BoxesCondition) -> Boxes:
     names = section.classes or tuple(name for k, name in enumerate(maps.names) if k != maps.void)
     chosen = [maps.names.index(name) for name in names]
     area = section.smallest * maps.pixels.size[0] * maps.pixels.size[1]
+    if late:
+        found = Late(lambda row: regions(maps.pixels.whole(row)[0], chosen, area), f"{maps.pixels.digest} {area}")
+        return Boxes(found, names, maps.pixels, section.most)
     whole = (maps.pixels.whole(row)[0] for row in range(len(maps.pixels)))
     boxes = list(in_parallel(lambda numbers: regions(numbers, chosen, area), whole))
     return Boxes(boxes, names, maps.pixels, section.most)

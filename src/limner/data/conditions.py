@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from limner import config as c
-from limner.data.boxes import boxes_of_maps, read_boxes
+from limner.data.boxes import Boxes, boxes_of_maps, read_boxes
 from limner.data.masks import Masks
 from limner.data.overlays import MaskRecipe, SemanticMaps, read_maps
-from limner.data.pixels import Pixels, Progress, View, stored
+from limner.data.pixels import Decoder, Pixels, Progress, View, stored
 from limner.data.roles import Roles
 from limner.data.sources import Source
 from limner.data.twins import Themselves, Twins
@@ -95,23 +95,50 @@ def by_kind(wants: Collection[str | c.ConditionConfig]) -> dict[str, Any]:
     return {section if isinstance(section, str) else section.kind: section for section in sections}
 
 
+class Reading(Protocol):
+    """How what lies on the pictures is read."""
+
+    def store(self, columns: Sequence[str], recipe: Decoder) -> Pixels: ...
+
+    def boxes(self, columns: tuple[str, str], pixels: Pixels, section: c.BoxesCondition) -> Boxes: ...
+
+    def boxes_of(self, maps: SemanticMaps, section: c.BoxesCondition) -> Boxes: ...
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """Everything before training begins, pictures into the cache."""
+
+    source: Source
+    progress: Progress | None = None
+
+    def store(self, columns: Sequence[str], recipe: Decoder) -> Pixels:
+        return stored(self.source, columns, recipe, self.progress)
+
+    def boxes(self, columns: tuple[str, str], pixels: Pixels, section: c.BoxesCondition) -> Boxes:
+        return read_boxes(self.source, columns, pixels, section)
+
+    def boxes_of(self, maps: SemanticMaps, section: c.BoxesCondition) -> Boxes:
+        return boxes_of_maps(maps, section)
+
+
 def on_pictures(source: Source, roles: Roles, wants: Mapping[str, Any], config: c.DataConfig, pixels: Pixels,
-                progress: Progress | None) -> dict[str, Condition]:  # fmt: skip
+                reading: Reading) -> dict[str, Condition]:  # fmt: skip
     """The conditions that lie on the pictures or are made of them, by their key in a batch. Raises LimnerError."""
     found: dict[str, Condition] = {}
     maps: SemanticMaps | None = None
     if roles.semantic_map is not None and ("semantic_map" in wants or ("boxes" in wants and roles.boxes is None)):
         section = wants.get("semantic_map") or c.SemanticMapCondition()
-        maps = read_maps(source, (roles.semantic_map, roles.image), config, section, progress)
+        maps = read_maps(source, (roles.semantic_map, roles.image), config, section, reading.store)
         found |= {"semantic_map": maps} if "semantic_map" in wants else {}
     if "boxes" in wants:
         if roles.boxes is not None:
-            found["boxes"] = read_boxes(source, (roles.boxes, roles.image), pixels, wants["boxes"])
+            found["boxes"] = reading.boxes((roles.boxes, roles.image), pixels, wants["boxes"])
         elif maps is not None:
-            found["boxes"] = boxes_of_maps(maps, wants["boxes"])
+            found["boxes"] = reading.boxes_of(maps, wants["boxes"])
     if "mask" in wants:
         recipe = MaskRecipe(config.size, config.crop == "random")
-        column = None if roles.mask is None else stored(source, (roles.mask, roles.image), recipe, progress)
+        column = None if roles.mask is None else reading.store((roles.mask, roles.image), recipe)
         found["mask"] = Masks(pixels, wants["mask"].shapes, column)
     if "image" in wants:
         found["small"] = Twins(pixels, wants["image"])

@@ -19,7 +19,7 @@ import torch
 from limner.config import ConditionConfig, DataConfig
 from limner.data.boxes import Boxes
 from limner.data.catalog import open_source
-from limner.data.conditions import RANDOM, Condition, Labels, Texts, by_kind, on_pictures
+from limner.data.conditions import RANDOM, AtOnce, Condition, Labels, Texts, by_kind, on_pictures
 from limner.data.overlays import SemanticMaps
 from limner.data.pixels import Pixels, Progress, View, decode_all
 from limner.data.roles import find_roles, read_labels, read_texts
@@ -166,7 +166,7 @@ def prepare(
     if "text" in sections and roles.text is not None:
         conditions["text"] = Texts(read_texts(source, roles.text))
     pixels = decode_all(source, roles.image, config, progress)
-    conditions |= on_pictures(source, roles, sections, config, pixels, progress)
+    conditions |= on_pictures(source, roles, sections, config, pixels, AtOnce(source, progress))
     notes = [*source.notes, *(note for known in conditions.values() for note in getattr(known, "notes", ()))]
     train, held_out = split_rows(len(pixels), config.held_out)
     digest = digest_of(pixels, conditions)

@@ -14,20 +14,22 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from limner.data import cache
 from limner.data.dataset import Dataset, Rows
 from limner.data.pixels import Progress
+from limner.data.sources import Problem
+from limner.data.stream import StreamDataset, refuse_many
 from limner.errors import LimnerError
 from limner.nn.autoencoder import Autoencoder
 
@@ -78,10 +80,12 @@ def with_latents(dataset: Dataset, autoencoder: Autoencoder, *, directory: Path 
                  progress: Progress | None = None) -> LatentDataset:  # fmt: skip
     """The same data set in the latents of `autoencoder`, encoding what isn't cached yet.
 
-    Several processes (torchrun) share the work, and a run that was stopped goes on at the shard where it was.
+    Any number of processes share the work, whoever started them: each takes shards that none has in hand, and what was
+    stopped goes on at the shard where it was. Corrupt rows of a stream are left out, and added to its `corrupt`.
     directory: a cache of one's own instead of the one that the key names. `progress(done, rows)`.
     Raises LimnerError: `directory` holds the latents of another autoencoder or of other pictures; f doesn't divide
-    the pictures; random crops (a latent has one crop); latents that aren't finite; a full disk.
+    the pictures; random crops (a latent has one crop); latents that aren't finite; more than one corrupt row in a
+    hundred; a full disk.
     """
     if dataset.pixels.has_margins:
         raise LimnerError("data.crop: random crops can't be cached as latents; it should be center")
@@ -93,20 +97,27 @@ def with_latents(dataset: Dataset, autoencoder: Autoencoder, *, directory: Path 
     spans = [range(i, min(i + rows_per_shard, len(dataset))) for i in range(0, len(dataset), rows_per_shard)]
     try:
         home.mkdir(parents=True, exist_ok=True)
+        taken = []
         for index in _in_turn(len(spans)):
+            try:
+                with FileLock(home / f"{index:05d}.lock", timeout=0):
+                    _fill(home, index, key, dataset, autoencoder, spans[index], progress)
+            except Timeout:  # another process has it in hand, and may yet be lost
+                taken.append(index)
+        for index in taken:
             with FileLock(home / f"{index:05d}.lock"):
-                if not _is_whole(home / f"{index:05d}.safetensors", key, spans[index]):
-                    _write(
-                        home / f"{index:05d}.safetensors", key, _encode(dataset, autoencoder, spans[index], progress)
-                    )
+                _fill(home, index, key, dataset, autoencoder, spans[index], progress)
     except (OSError, SafetensorError) as error:
         words = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise LimnerError(
             f"{home}: the latents cannot be written ({words}); set LIMNER_CACHE to another folder"
         ) from None
+    shards = [_arrays(home / f"{index:05d}.safetensors") for index in range(len(spans))]
+    if isinstance(dataset, StreamDataset):
+        dataset = _known(dataset, [metadata for metadata, _ in shards])
     return LatentDataset(
         **{field.name: getattr(dataset, field.name) for field in fields(Dataset)},
-        shards=tuple(_arrays(home / f"{index:05d}.safetensors")[1] for index in range(len(spans))),
+        shards=tuple(arrays for _, arrays in shards),
         rows_per_shard=rows_per_shard,
         shift=autoencoder.latent_mean.float().cpu().numpy()[:, None, None],
         scale=autoencoder.latent_std.float().cpu().numpy()[:, None, None],
@@ -114,8 +125,11 @@ def with_latents(dataset: Dataset, autoencoder: Autoencoder, *, directory: Path 
 
 
 def cache_key(dataset: Dataset, autoencoder: Autoencoder) -> str:
-    """Names what the latents depend on: the pixels, whether they are flipped, the encoder's structure and weights."""
-    digest = hashlib.blake2b(f"{_VERSION} {dataset.pixels.digest} {dataset.flip}".encode(), digest_size=16)
+    """Names what the latents depend on: the pixels, whether they are flipped, the encoder's structure and weights; of a
+    stream also what lies on the pixels, since a row is left out for it."""
+    overlays = [pixels.digest for pixels in dataset.overlays] if isinstance(dataset, StreamDataset) else []
+    about = " ".join([str(_VERSION), dataset.pixels.digest, *overlays, str(dataset.flip)])
+    digest = hashlib.blake2b(about.encode(), digest_size=16)
     normalised = autoencoder.quantizer is not None and autoencoder.quantizer.normalised
     digest.update(f"{autoencoder.factor} {normalised} {autoencoder.encoder} {autoencoder.quant_conv}".encode())
     for part in (autoencoder.encoder, autoencoder.quant_conv):
@@ -132,19 +146,62 @@ def _noise(uniform: npt.NDArray[np.float64], shape: Sequence[int]) -> npt.NDArra
 
 
 def _in_turn(count: int) -> Iterator[int]:
-    """Every shard's number: first this process's share, then all others, which by then are mostly there."""
+    """Every shard's number: first the share of this process of a torchrun, then all others, which by then are mostly
+    there."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     yield from range(rank, count, processes)
     yield from (index for index in range(count) if index % processes != rank)
 
 
+def _fill(home: Path, index: int, key: str, dataset: Dataset, autoencoder: Autoencoder, span: range,
+          progress: Progress | None) -> None:  # fmt: skip
+    """Encode the rows of a shard, unless it is whole. Its lock is held, so that what lies beside it has no owner."""
+    path = home / f"{index:05d}.safetensors"
+    if _is_whole(path, key, span):
+        return
+    for left in home.glob(f".{path.name}-*"):
+        left.unlink(missing_ok=True)
+    corrupt: dict[int, Problem] = {}
+    arrays = _encode(dataset, autoencoder, span, corrupt, progress)
+    listed = json.dumps({row: problem.what for row, problem in corrupt.items()})
+    _write(path, {"kind": _KIND, "key": key} | ({"corrupt": listed} if corrupt else {}), arrays)
+
+
+def _known(dataset: StreamDataset, shards: Sequence[dict[str, str]]) -> StreamDataset:
+    """The data set without the rows that whoever encoded them found corrupt, by the shards' metadata."""
+    source = dataset.pixels.source
+    for metadata in shards:
+        for row, what in json.loads(metadata.get("corrupt", "{}")).items():
+            dataset.corrupt.setdefault(int(row), Problem(source.picture_place(int(row)), what))
+    for problem in list(dataset.corrupt.values())[-1:]:
+        refuse_many(len(dataset.corrupt), len(dataset), problem)
+    train = dataset.train[~np.isin(dataset.train, list(dataset.corrupt))]
+    return replace(dataset, train=train)
+
+
+def _pictures(dataset: Dataset, rows: npt.NDArray[np.int64], corrupt: dict[int, Problem]) -> npt.NDArray[np.uint8]:
+    """uint8 (B, H, W, C); those of corrupt rows are black, and told in `corrupt`."""
+    if not isinstance(dataset, StreamDataset):
+        return dataset.uint8(rows)
+    found = dataset.looked(rows)
+    corrupt |= found
+    for row, problem in found.items():
+        dataset.corrupt.setdefault(row, problem)
+        refuse_many(len(dataset.corrupt), len(dataset), problem)
+    sound = ~np.isin(rows, list(found))
+    pictures = np.zeros((len(rows), *dataset.size, dataset.channels), dtype=np.uint8)
+    pictures[sound] = dataset.uint8(rows[sound])
+    return pictures
+
+
 @torch.no_grad()
-def _encode(dataset: Dataset, autoencoder: Autoencoder, span: range, progress: Progress | None) -> Arrays:
+def _encode(dataset: Dataset, autoencoder: Autoencoder, span: range, corrupt: dict[int, Problem],
+            progress: Progress | None) -> Arrays:  # fmt: skip
     autoencoder.eval()
     pieces: dict[str, list[npt.NDArray[np.float16]]] = {}
     for start in range(span.start, span.stop, BATCH):
         rows = np.arange(start, min(start + BATCH, span.stop))
-        pixels = torch.from_numpy(dataset.uint8(rows)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(_pictures(dataset, rows, corrupt)).permute(0, 3, 1, 2)
         for prefix, seen in (("", pixels), ("mirrored_", pixels.flip(3)))[: 1 + dataset.flip]:
             posterior = autoencoder.encode(seen.to(autoencoder.latent_mean.device).float() / 127.5 - 1)
             parts = {"mean": posterior.mean} | ({} if posterior.log_variance is None else {"std": posterior.std})
@@ -160,11 +217,11 @@ def _encode(dataset: Dataset, autoencoder: Autoencoder, span: range, progress: P
     return {name: np.ascontiguousarray(np.concatenate(values)) for name, values in pieces.items()}
 
 
-def _write(path: Path, key: str, arrays: Arrays) -> None:
+def _write(path: Path, metadata: dict[str, str], arrays: Arrays) -> None:
     """Beside, onto the disk, then under its name: a shard that can be seen is whole."""
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        save_file(arrays, beside, metadata={"kind": _KIND, "key": key})
+        save_file(arrays, beside, metadata=metadata)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from limner.config import DataConfig, SemanticMapCondition
-from limner.data.pixels import Pixels, Progress, View, stored
+from limner.data.pixels import Pixels, Store, View
 from limner.data.sources import Source
 from limner.data.transforms import PictureError, covering, decoded, fitted, opened, oriented_size
 from limner.errors import LimnerError
@@ -156,11 +156,11 @@ class SemanticMaps:
 
 
 def read_maps(source: Source, columns: tuple[str, str], config: DataConfig, section: SemanticMapCondition,
-              progress: Progress | None = None) -> SemanticMaps:  # fmt: skip
+              store: Store) -> SemanticMaps:  # fmt: skip
     """The maps of a data set; `columns` are theirs and the pictures'. Raises LimnerError with file and pixel."""
     names = section.classes or class_names(source)
     recipe = MapRecipe(config.size, config.crop == "random", None if names is None else len(names))
-    pixels = stored(source, columns, recipe, progress)
+    pixels = store(columns, recipe)
     names = names or tuple(str(number) for number in range(pixels.highest(VOID) + 1))
     if section.void is not None and section.void >= len(names):
         raise LimnerError(f"conditions: void class {section.void}: there are {len(names)} classes")

@@ -120,7 +120,14 @@ class Decoder(Protocol):
     @property
     def channels(self) -> int: ...
 
+    @property
+    def margins(self) -> bool: ...
+
     def __call__(self, *data: bytes) -> transforms.Pixels: ...
+
+
+Store = Callable[[Sequence[str], Decoder], Pixels]
+"""Makes pictures of columns: their own, and those that a decoder is given besides."""
 
 
 def stored(source: Source, columns: Sequence[str], recipe: Decoder, progress: Progress | None = None) -> Pixels:
