@@ -14,6 +14,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import limner
 from limner import build
 from limner import config as c
 from limner.generator import Generator
@@ -104,10 +105,17 @@ DDIM = {
 """Stable Diffusion's."""
 
 
-def stable_diffusion(folder: Path, *, text: dict[str, Any] | None = None, prediction: str = "epsilon",
-                     **network: Any) -> diffusers.StableDiffusionPipeline:  # fmt: skip
+def stable_diffusion(
+    folder: Path,
+    kind: Any = diffusers.StableDiffusionPipeline,
+    *,
+    text: dict[str, Any] | None = None,
+    prediction: str = "epsilon",
+    **network: Any,
+) -> Any:
+    """kind: its class, or that of inpainting with in_channels=9."""
     tokenizer = clip_tokenizer(folder)
-    pipeline = diffusers.StableDiffusionPipeline(
+    pipeline = kind(
         vae=autoencoder_kl(), text_encoder=clip_text(len(tokenizer), **(text or {})), tokenizer=tokenizer,
         unet=unet_condition(**network), scheduler=diffusers.DDIMScheduler(prediction_type=prediction, **DDIM),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -138,6 +146,18 @@ def latent_diffusion(folder: Path, *, heads: int = 2, head_dim: int = 8,
 
 
 # --- runs of Limner --------------------------------------------------------------------------------------------------
+
+
+def alike(mine: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
+    """To a share of the largest value."""
+    assert mine.shape == theirs.shape
+    assert float((mine - theirs).abs().max()) < tolerance * float(theirs.abs().max())
+
+
+def load(path: Path) -> Generator:
+    loaded = limner.load(path)
+    assert isinstance(loaded, Generator)
+    return loaded
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

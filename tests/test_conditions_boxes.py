@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from limner import build
+from limner import config as c
 from limner.cli.program import run
 from limner.config import BoxesCondition, DataConfig
 from limner.data.boxes import Boxes, regions, seen_boxes
@@ -18,6 +20,7 @@ from limner.data.dataset import prepare
 from limner.errors import LimnerError
 from limner.generator import Generator
 from limner.nn.layout import BoxesConditioner
+from limner.training.initial import Initial, take
 from pictures import metadata_folder
 from tiny_conditions import COLOURS, SIZE, colour_error, half, halves_folder, map_folder, train
 
@@ -195,3 +198,50 @@ def test_an_empty_layout_is_not_an_absent_one() -> None:
     torch.testing.assert_close(conditioner(padded, 1).vector, vectors[2])
     with pytest.raises(LimnerError, match="class 2, there are 2"):
         conditioner(torch.tensor([[[2.0, 0, 0, 1, 1]]]), 1)
+
+
+# --- as tokens -------------------------------------------------------------------------------------------------------
+
+
+def of_tokens(*classes: str, **tokens: Any) -> c.RunConfig:
+    section = {"kind": "boxes", "classes": list(classes), "width": 16, "depth": 1, "head_dim": 8, "most": 2,
+               "tokens": {"vocabulary": 26, "crop": False, **tokens}}  # fmt: skip
+    levels = [{"channels": 32, "cross_attention": 1}]
+    raw = {"data": {"size": 8}, "model": {"kind": "unet", "levels": levels, "heads": 1}, "conditions": [section]}
+    return c.parse(raw, "recipe")
+
+
+def layout_of(model: build.Model) -> Any:
+    assert model.conditioner is not None
+    return model.conditioner.modalities["boxes"]
+
+
+def test_a_box_is_its_class_and_two_cells_of_a_grid() -> None:
+    """A grid of floor(sqrt 26) = 5 cells a side; 25 is no box."""
+    model = build.model(of_tokens("a", "b"))
+    boxes = torch.tensor([[[1, 0.25, 0.5, 0.5, 0.5]], [[-1, 0, 0, 0, 0]]])
+    layout = layout_of(model)
+    assert layout.tokens(boxes).tolist() == [[1, 11, 23, 25, 25, 25], [25] * 6]
+    many = torch.tensor([[[0, 0, 0, 1, 1]] * 3])
+    assert layout.tokens(many.float()).tolist() == [[0, 0, 24, 0, 0, 24]]
+    told = model.embed({"boxes": boxes}, 2)
+    assert told.tokens is not None
+    assert told.vector is not None
+    assert told.tokens.shape == (2, 6, 16)
+    (told.tokens.sum() + told.vector.sum()).backward()
+    assert layout.encoder.embedding.weight.grad[11].abs().sum() > 0
+    cropped = layout_of(build.model(of_tokens("a", crop=True)))
+    assert cropped.tokens(boxes)[0, -2:].tolist() == [0, 24]
+
+
+def test_more_classes_than_tokens_are_refused() -> None:
+    with pytest.raises(LimnerError, match=r"tokens.vocabulary: 4, should be above the 4 classes"):
+        build.model(of_tokens(*"abcd", vocabulary=4))
+
+
+def test_training_on_keeps_the_tokens_whatever_the_names() -> None:
+    recipes = of_tokens("a", "b"), of_tokens("c")
+    before, model = (build.model(recipe) for recipe in recipes)
+    found = take(model, recipes[1], Initial(recipes[0], before.state_dict(), "run"))
+    assert "conditions.boxes" in found.kept
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in before.state_dict().items())

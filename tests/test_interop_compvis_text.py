@@ -22,9 +22,9 @@ import limner
 from limner import config as c
 from limner.errors import LimnerError
 from limner.generator import Generator
-from limner.interop import compvis_keys, compvis_text, hf_keys, hf_text, unet_keys
+from limner.interop import compvis_keys, compvis_text, hf_keys, hf_text, hole, unet_keys
 from limner.interop.keymap import Rule, convert, reverse, rule, under
-from limner.nn.spatial import SemanticMapConditioner
+from limner.nn.spatial import SemanticMapConditioner, with_hole
 
 PROMPTS = ["A cat, it's 12 cats", "zebra"]
 NETWORK, STAGE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -57,7 +57,8 @@ def compvis(folder: Path, pipeline: Any, text: Mapping[str, Any], encoder: list[
     assert isinstance(run.config.model, c.UNetConfig)
     assert isinstance(run.config.space, c.LatentSpace)
     stage = run.config.space.autoencoder
-    rules = under(NETWORK, "network.", [*unet_keys.ENDS, *unet_keys.blocks(unet_keys.TRANSFORMER)])
+    ends = hole.with_stem(unet_keys.ENDS, hole.order(run.config))
+    rules = under(NETWORK, "network.", [*ends, *unet_keys.blocks(unet_keys.TRANSFORMER)])
     rules += under(STAGE, "autoencoder.", compvis_keys.autoencoder(stage))
     rules += under(TEXT, f"{hf_text.TEXT}encoder.", encoder)
     rules = [one for one in rules if "op." not in one.sources[0] or "input_blocks" in one.sources[0]]
@@ -69,17 +70,19 @@ def compvis(folder: Path, pipeline: Any, text: Mapping[str, Any], encoder: list[
     torch.save({"state_dict": weights, "global_step": 1}, folder / "model.ckpt")
     levels = run.config.model.levels
     unet = {
-        "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": levels[0].blocks,
-        "channel_mult": [1, 2], "attention_resolutions": [2], "num_heads": 4, "use_spatial_transformer": True,
-        "transformer_depth": levels[-1].cross_attention, "context_dim": 32, "legacy": False,
+        "image_size": 8, "in_channels": pipeline.unet.config["in_channels"], "out_channels": 4, "model_channels": 32,
+        "num_res_blocks": levels[0].blocks, "channel_mult": [1, 2], "attention_resolutions": [2], "num_heads": 4,
+        "use_spatial_transformer": True, "transformer_depth": levels[-1].cross_attention, "context_dim": 32,
+        "legacy": False,
     }  # fmt: skip
     network = {"double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
                "ch_mult": [k + 1 for k in range(len(stage.levels))], "num_res_blocks": 1,
                "attn_resolutions": []}  # fmt: skip
     raw = part(
         "LatentDiffusion", linear_start=0.00085, linear_end=0.012, image_size=8, scale_factor=0.18215, use_ema=False,
-        conditioning_key="crossattn", unet_config=part("UNetModel", **unet), cond_stage_config=text,
-        first_stage_config=part("AutoencoderKL", embed_dim=4, ddconfig=network), **params,
+        unet_config=part("UNetModel", **unet), cond_stage_config=text,
+        first_stage_config=part("AutoencoderKL", embed_dim=4, ddconfig=network),
+        **{"conditioning_key": "crossattn", **params},
     )  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": raw}))
     return folder / "model.ckpt"
@@ -112,6 +115,25 @@ def test_stable_diffusion_1(tmp_path: Path, depth: int) -> None:
         str(file), config=str(tmp_path / "diffusers"), subfolder="unet", local_files_only=True
     )
     alike(theirs(x, step, embedded).sample.detach(), pipeline.unet(x, step, embedded).sample)  # pyright: ignore
+
+
+def test_stable_diffusion_for_inpainting(tmp_path: Path) -> None:
+    """As sd-v1-5-inpainting.ckpt: mask and masked picture between x_t and the text; diffusers reads the file too."""
+    pipeline = hf.stable_diffusion(tmp_path / "tokenizer", diffusers.StableDiffusionInpaintPipeline, in_channels=9,
+                                   text={"num_attention_heads": 1})  # fmt: skip
+    encoder = under("transformer.text_model.", "", hf_keys.CLIP)
+    file = compvis(tmp_path, pipeline, part("FrozenCLIPEmbedder"), encoder, conditioning_key="hybrid")
+    mine, x, step = load(file), noise(2, 4, 8, 8), torch.tensor([3, 900])
+    ids = pipeline.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    image, mask = noise(2, 3, 16, 16), torch.zeros(2, 1, 16, 16)
+    mask[:, :, 4:11, 3:] = 1
+    latent = 0.18215 * pipeline.vae.encode(image * (1 - mask)).latent_dist.mode()
+    theirs = diffusers.UNet2DConditionModel.from_single_file(
+        str(file), config=str(tmp_path / "diffusers"), subfolder="unet", local_files_only=True
+    )
+    told = torch.cat([x, mask[:, :, ::2, ::2], latent], dim=1)
+    expected = theirs(told, step, pipeline.text_encoder(ids)[0]).sample.detach()  # pyright: ignore
+    alike(mine.raw(x, step, text=ids, mask=with_hole(image, mask)), expected)
 
 
 def test_stable_diffusion_2(tmp_path: Path) -> None:

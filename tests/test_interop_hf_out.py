@@ -16,28 +16,15 @@ from torch import Tensor
 
 import hf_networks as hf
 import limner.interop
-from hf_networks import noise, raw_network, run_of
+from hf_networks import alike, load, noise, raw_network, run_of
 from limner import config as c
 from limner.api import convert
 from limner.errors import LimnerError
-from limner.generator import Generator
 from limner.interop import hf_out
 from limner.interop.conversion import read_run
 
 STEP = torch.tensor([3, 900])
 LABEL = torch.tensor([0, 2])
-
-
-def alike(mine: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
-    """To a share of the largest value."""
-    assert mine.shape == theirs.shape
-    assert float((mine - theirs).abs().max()) < tolerance * float(theirs.abs().max())
-
-
-def load(path: Path) -> Generator:
-    loaded = limner.load(path)
-    assert isinstance(loaded, Generator)
-    return loaded
 
 
 PIXELS: dict[str, Any] = {

@@ -18,7 +18,13 @@ from limner.errors import LimnerError
 from limner.nn.autoencoder import Autoencoder
 from limner.nn.classifier import NoisyClassifier
 from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
-from limner.nn.layout import LITE0_CHANNELS, BoxesConditioner, VariationConditioner, see_lite0
+from limner.nn.layout import (
+    LITE0_CHANNELS,
+    BoxesConditioner,
+    TokenBoxesConditioner,
+    VariationConditioner,
+    see_lite0,
+)
 from limner.nn.quantizer import VectorQuantizer
 from limner.nn.spatial import Cells, ImageConditioner, MaskConditioner, SemanticMapConditioner, mask_of_latents
 from limner.nn.text import (
@@ -166,8 +172,7 @@ def modality(section: c.ConditionConfig, config: c.RunConfig, emb_channels: int)
         return text_conditioner(section, emb_channels) if given is None else GivenTokens(given.width)
     vector = emb_channels if getattr(section, "pooled", True) else None
     if isinstance(section, c.BoxesCondition):
-        return BoxesConditioner(len(_classes(section.classes, "boxes")), section.width, section.depth, section.most,
-                                head_dim=section.head_dim, emb_channels=vector)  # fmt: skip
+        return boxes_conditioner(section, vector)
     if isinstance(section, c.VariationCondition):
         return VariationConditioner(see_lite0, LITE0_CHANNELS, section.width, section.side, section.grid, vector)
     if isinstance(section, c.LabelCondition):
@@ -185,6 +190,23 @@ def modality(section: c.ConditionConfig, config: c.RunConfig, emb_channels: int)
     factor = config.data.size[0] // height
     return SemanticMapConditioner(len(_classes(section.classes, "a semantic map")), section.width, (height, width),
                                   void=section.void, factor=factor)  # fmt: skip
+
+
+def boxes_conditioner(section: c.BoxesCondition, emb_channels: int | None) -> nn.Module:
+    """tau for layouts. Raises LimnerError where there are no classes, or more than tokens for them."""
+    classes = len(_classes(section.names, "boxes"))
+    if section.tokens is None:
+        return BoxesConditioner(classes, section.width, section.depth, section.most, head_dim=section.head_dim,
+                                emb_channels=emb_channels)  # fmt: skip
+    vocabulary = section.tokens.vocabulary
+    if classes >= vocabulary:
+        raise LimnerError(f"conditions.boxes.tokens.vocabulary: {vocabulary}, should be above the {classes} classes")
+    length = 3 * section.most + 2 * section.tokens.crop
+    heads = section.tokens.heads or max(1, section.width // section.head_dim)
+    encoder = TextTransformer(vocabulary, section.width, section.depth, length, heads=heads, head_dim=section.head_dim,
+                              masked=False)  # fmt: skip
+    return TokenBoxesConditioner(encoder, vocabulary, section.most, crop=section.tokens.crop,
+                                 emb_channels=emb_channels)  # fmt: skip
 
 
 def _classes(names: Sequence[str] | None, whose: str) -> Sequence[str]:

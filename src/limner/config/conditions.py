@@ -123,6 +123,16 @@ class MaskCondition(Section):
     )
 
 
+class BoxTokens(Section):
+    """Boxes as CompVis' layout models read them: a token for the class and one for each of two corners."""
+
+    vocabulary: int = Field(
+        default=8192, ge=4, description="classes and, as often used, cells of the grid of corners; the last is no box"
+    )
+    heads: PositiveInt | None = Field(default=None, description="default: width / head_dim")
+    crop: bool = Field(default=True, description="two more tokens, of the part of the picture that is seen: the whole")
+
+
 class BoxesCondition(Section):
     """A layout: (class, x, y, w, h) of each thing as a token, through a transformer, into cross-attention."""
 
@@ -135,9 +145,17 @@ class BoxesCondition(Section):
     depth: PositiveInt = 2
     head_dim: PositiveInt = 64
     pooled: bool = Field(default=True, description="a pooled vector into AdaGN besides the tokens")
+    tokens: BoxTokens | None = Field(default=None, description="discrete tokens, as in CompVis' layout models")
     smallest: Fraction = Field(
         default=0.002, description="boxes made of semantic maps: the least area, as a share of the picture"
     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes; numbers where none are told and the tokens leave room for them."""
+        if self.classes is None and self.tokens is not None:
+            return tuple(map(str, range(self.tokens.vocabulary - 1)))
+        return self.classes or ()
 
 
 class VariationCondition(Section):

@@ -18,6 +18,9 @@ FIGURES = ("images", "loss", "held_out_loss", "psnr", "accuracy")
 
 DRAW = "pictures = pipe(num_inference_steps={steps}{clipped}).images"
 DRAW_FROM_TEXT = 'pictures = pipe("a cat", num_inference_steps={steps}, guidance_scale={guidance:g}).images'
+PAINT = """\
+# image: a PIL picture of the model's size; mask: white where it is painted anew.
+pictures = pipe("a cat", image, mask, num_inference_steps={steps}, guidance_scale={guidance:g}).images"""
 LABELLED = """\
 # No pipeline of diffusers passes labels on; this is the loop.
 unet, scheduler = pipe.unet, pipe.scheduler
@@ -29,6 +32,7 @@ for t in scheduler.timesteps:
         guided = unet(x, t, label).sample
 {guiding}    x = scheduler.step(guided, t, x{clipped}).prev_sample
 """
+DRAWN = {"unconditional-image-generation": DRAW, "text-to-image": DRAW_FROM_TEXT, "image-to-image": PAINT}
 GUIDING = """\
         plain = unet(x, t, null).sample
         guided = plain + {guidance:g} * (guided - plain)
@@ -44,7 +48,7 @@ def card(out: Path, name: str, config: c.RunConfig, scheduler: str, notes: Seque
     head = {
         "library_name": "diffusers",
         "license": licence or "unknown",
-        "pipeline_tag": "text-to-image" if "text" in _kinds(config) else "unconditional-image-generation",
+        "pipeline_tag": _task(config),
         "tags": ["diffusers", "limner", config.task],
     }
     parts = [
@@ -62,6 +66,14 @@ def card(out: Path, name: str, config: c.RunConfig, scheduler: str, notes: Seque
 
 def _kinds(config: c.RunConfig) -> list[str]:
     return [section.kind for section in config.conditions]
+
+
+def _task(config: c.RunConfig) -> str:
+    """The hub's name of what it does."""
+    kinds = _kinds(config)
+    if "text" not in kinds:
+        return "unconditional-image-generation"
+    return "image-to-image" if "mask" in kinds else "text-to-image"
 
 
 def _what(config: c.RunConfig) -> str:
@@ -95,7 +107,7 @@ def _how(config: c.RunConfig, scheduler: str) -> str:
                  'pipe = DiffusionPipeline.from_pretrained("PATH")']  # fmt: skip
         null = next((section.null for section in config.conditions if isinstance(section, c.LabelCondition)), None)
         if null is None:
-            lines.append((DRAW_FROM_TEXT if "text" in _kinds(config) else DRAW).format(**options))
+            lines.append(DRAWN[_task(config)].format(**options))
         else:
             guiding = GUIDING.format(**options) if null and config.sampling.guidance != 1 else ""
             lines.append(LABELLED.format(classes=len(config.classes or ()), guiding=guiding, **options).rstrip())

@@ -7,7 +7,7 @@ weights themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from limner import build
 from limner import config as c
 from limner.core.schedule import DiscreteSchedule
 from limner.errors import LimnerError
-from limner.interop import compvis_conditions, compvis_keys, unet_keys
+from limner.interop import compvis_conditions, compvis_keys, hole, unet_keys
 from limner.interop.compvis_config import (
     AUTOENCODERS,
     Settings,
@@ -147,5 +147,4 @@ def _network_table(made: c.RunConfig, stem: Change | None) -> list[Rule]:
     else:
         new_order = made.provenance.get("new_attention_order", False)
         attention = unet_keys.self_attention(unet_keys.heads_of(model), heads_outside=not new_order)
-    ends = [replace(one, change=stem) if one.targets == ("stem.{p}",) else one for one in unet_keys.ENDS]
-    return under(NETWORK, "network.", [*ends, *unet_keys.blocks(attention)])
+    return under(NETWORK, "network.", [*hole.with_stem(unet_keys.ENDS, stem), *unet_keys.blocks(attention)])

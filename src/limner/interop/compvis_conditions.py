@@ -1,17 +1,17 @@
 """What CompVis' models are told: classes, text, layouts as tokens; semantic maps, small pictures and pictures with a
-hole, concatenated."""
+hole, concatenated; pictures with a hole and text together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from limner.errors import LimnerError
-from limner.interop import compvis_text, hf_text
+from limner.interop import compvis_text, hf_text, hole
 from limner.interop.compvis_config import IMAGENET, UNCONDITIONAL, Settings, scale_factor
 from limner.interop.keymap import Change, Rule, per_weight, rule
 
@@ -19,6 +19,9 @@ CONDITION = "cond_stage_model."
 FIRST_STAGE = "__is_first_stage__"
 MAP = "conditioner.modalities.semantic_map.rescale"
 LABEL = "conditioner.modalities.label.table"
+BOXES = "conditioner.modalities.boxes."
+LAYOUTS = ("coordinates_bbox", "objects_bbox")
+"""Keys of the peer's batches that hold layouts as tokens."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,57 @@ def told(settings: Settings, classes: int | None, factor: int, latent: tuple[int
         section = {"kind": "label", "dropout": 0.0, "null": False}
         rules = [rule("model.diffusion_model.label_emb", LABEL), rule(f"{CONDITION}embedding", LABEL)]
         return Told([section], [str(k) for k in range(classes or 0)], rules)
-    if key not in ("crossattn", "concat"):
-        raise LimnerError(f"{settings.where}: conditioning_key '{key}' has no counterpart; crossattn, concat, adm have")
+    if key not in ("crossattn", "concat", "hybrid"):
+        raise LimnerError(f"{settings.where}: conditioning_key '{key}' has no counterpart; crossattn, concat, adm, "
+                          "hybrid have")  # fmt: skip
     if stage == FIRST_STAGE:
         return _inpainting(settings, key, weights)
     embedder = settings.part("cond_stage_config")
     if key == "concat":
         return _concatenated(embedder, factor, latent, weights)
+    found = _tokens(settings, embedder, weights, where)
+    return found if key == "crossattn" else _painted(settings, found)
+
+
+def _tokens(settings: Settings, embedder: Settings, weights: Mapping[str, Tensor], where: str) -> Told:
+    """What cross-attention sees."""
     if embedder.target == "ClassEmbedder":
         return _classes(embedder, where)
+    if settings.get("cond_stage_key", None) in LAYOUTS:
+        return _boxes(embedder, where)
     text = compvis_text.read(embedder, weights, CONDITION)
     data, notes = text.vocabulary(where)
     return Told([text.section], None, text.rules, {f"{hf_text.TEXT}tokenizer.data": data}, text.unused, notes)
+
+
+def _painted(settings: Settings, found: Told) -> Told:
+    """Text, mostly, and a picture with a hole, scaled as x_t is: Stable Diffusion's `LatentInpaintDiffusion`."""
+    unet, latent = settings.part("unet_config"), settings.part("first_stage_config").need("embed_dim")
+    channels, picture = unet.get("in_channels", 0), settings.get("masked_image_key", "masked_image")
+    keys = list(settings.get("concat_keys", ["mask", "masked_image"]))
+    if channels != 2 * latent + 1 or keys not in (["mask", picture], [picture, "mask"]):
+        raise LimnerError(f"{settings.where}: hybrid of {' and '.join(map(str, keys))}, {channels} channels, has no "
+                          f"counterpart; inpainting has: mask and masked_image, {2 * latent + 1} channels")  # fmt: skip
+    stem = hole.mask_last(latent) if keys[0] == "mask" else None
+    return replace(found, sections=[hole.SECTION, *found.sections], stem=stem)
+
+
+def _boxes(embedder: Settings, where: str) -> Told:
+    """Layouts as taming-transformers' `objects_bbox` builds them: three tokens a box; and, where `encode_crop` made
+    them, two of the crop, which the length tells."""
+    if embedder.target not in compvis_text.TRANSFORMERS or compvis_text.is_tokenised(embedder):
+        raise LimnerError(f"{embedder.where}: {embedder.target} of words has no counterpart for layouts; BERTEmbedder "
+                          "with use_tokenizer: false and TransformerEmbedder have")  # fmt: skip
+    facts, rules = compvis_text.transformer(embedder, CONDITION, BOXES)
+    most, crop = divmod(facts["length"], 3)
+    if crop == 1 or not most:
+        raise LimnerError(f"{embedder.where}.max_seq_len: {facts['length']} has no counterpart for layouts; 3 tokens a "
+                          "box have, and 2 more of the crop")  # fmt: skip
+    tokens = {"vocabulary": facts["vocabulary"], "heads": facts["heads"], "crop": bool(crop)}
+    section = {"kind": "boxes", "dropout": 0.0, "pooled": False, "most": most, "tokens": tokens,
+               **{name: facts[name] for name in ("width", "depth", "head_dim")}}  # fmt: skip
+    notes = [f"{where}: names no classes; boxes take their numbers, or names once the run's config.yaml lists them"]
+    return Told([section], None, rules, unused=(f"{CONDITION}{compvis_text.UNUSED}",), notes=notes)
 
 
 def _inpainting(settings: Settings, key: str, weights: Mapping[str, Tensor]) -> Told:
@@ -72,9 +114,7 @@ def _inpainting(settings: Settings, key: str, weights: Mapping[str, Tensor]) -> 
         raise LimnerError(f"{settings.where}.cond_stage_config: {FIRST_STAGE} with {key} of {channels} channels has no "
                           f"counterpart; inpainting has: concat of {2 * latent + 1}")  # fmt: skip
     section = {"kind": "mask", "dropout": 0.0, "null": False, "hole": "black", "signed": True, "cells": "first"}
-    gain = torch.ones(channels, 1, 1)
-    gain[latent : 2 * latent] = 1 / scale_factor(weights, settings)
-    stem = per_weight(lambda x: x * gain.to(x) if x.ndim == 4 else x, lambda x: x / gain.to(x) if x.ndim == 4 else x)
+    stem = hole.scaled(latent, 1 / scale_factor(weights, settings))
     return Told([section], unused=(f"{CONDITION}*",), stem=stem)
 
 

@@ -17,9 +17,14 @@ from limner.interop.compvis_config import Settings
 from limner.interop.keymap import Rule, joined, rule, under
 from limner.nn.text import minilm_folder
 
-EMBEDDERS = ("BERTEmbedder", "TransformerEmbedder", "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder")
+TRANSFORMERS = ("BERTEmbedder", "TransformerEmbedder")
+"""The embedders that read tokens as they are given."""
+EMBEDDERS = (*TRANSFORMERS, "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder")
 CLIP_MERGES = 49152 - 256 - 2
 """The merges that CLIP uses of those in its vocabulary's file."""
+
+UNUSED = "transformer.to_logits.*"
+"""What of them draws nothing."""
 
 XTRANSFORMER = (
     Rule(("token_emb.weight",), ("embedding.weight",)),
@@ -71,13 +76,23 @@ def read(settings: Settings, weights: Mapping[str, Tensor], prefix: str) -> Text
         return _clip(weights, prefix, settings)
     if settings.target == "FrozenOpenCLIPEmbedder":
         return _open_clip(weights, prefix, settings)
+    facts, rules = transformer(settings, prefix, hf_text.TEXT)
+    return Text(hf_text.section(facts, frozen=False), rules, "bert" if is_tokenised(settings) else None,
+                (f"{prefix}{UNUSED}",))  # fmt: skip
+
+
+def is_tokenised(settings: Settings) -> bool:
+    """Whether an embedder is given words, rather than tokens."""
+    return settings.target == "BERTEmbedder" and settings.get("use_tokenizer", True)
+
+
+def transformer(settings: Settings, prefix: str, place: str) -> tuple[dict[str, Any], list[Rule]]:
+    """A transformer over tokens: its sizes, and its table to the conditioner at `place`."""
     width, depth = settings.need("n_embed"), settings.need("n_layer")
     vocabulary, length = settings.get("vocab_size", 30522), settings.get("max_seq_len", 77)
     facts = {"vocabulary": vocabulary, "width": width, "depth": depth, "heads": 8, "head_dim": 64, "length": length}
-    tokenised = settings.target == "BERTEmbedder" and settings.get("use_tokenizer", True)
     rules = [*XTRANSFORMER, *(one for i in range(depth) for one in x_block(i))]
-    return Text(hf_text.section(facts, frozen=False), under(f"{prefix}transformer.", f"{hf_text.TEXT}encoder.", rules),
-                "bert" if tokenised else None, (f"{prefix}transformer.to_logits.*",))  # fmt: skip
+    return facts, under(f"{prefix}transformer.", f"{place}encoder.", rules)
 
 
 def x_block(i: int) -> list[Rule]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from limner import config as c
 from limner.errors import LimnerError
-from limner.interop import hf_config, hf_keys, hf_recipe, hf_schedule, hf_text
+from limner.interop import hf_config, hf_keys, hf_recipe, hf_schedule, hf_text, hole
 from limner.interop.hf_files import CONFIG, INDEX, Component, read_json
 from limner.interop.imported import Imported, imported, normalisation
 from limner.interop.keymap import Rule, under
@@ -109,7 +109,7 @@ def assemble(parts: Parts) -> Imported:
     made = hf_recipe.recipe(parts, facts, stage, text)
     weights = {f"unet.{name}": x for name, x in parts.network.weights().items()}
     assert isinstance(made.model, c.UNetConfig)
-    rules = under("unet.", "network.", hf_keys.unet(made.model))
+    rules = under("unet.", "network.", hole.with_stem(hf_keys.unet(made.model), hole.order(made)))
     rules += under("unet.", "", [Rule(("class_embedding.weight",), (f"{hf_recipe.LABEL}table.weight",))])
     given: dict[str, Tensor] = {}
     if stage and parts.autoencoder and isinstance(made.space, c.LatentSpace):

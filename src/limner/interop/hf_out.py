@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from limner import config as c
-from limner.interop import hf_keys, hf_recipe, hf_schedule, hf_settings, hf_text
+from limner.interop import hf_keys, hf_recipe, hf_schedule, hf_settings, hf_text, hole
 from limner.interop.card import card
 from limner.interop.hf_files import CONFIG, INDEX
 from limner.interop.hf_settings import refuse
@@ -74,21 +74,32 @@ def _conditions_known(config: c.RunConfig) -> None:
     for section in config.conditions:
         if isinstance(section, c.LabelCondition) and section.enters == "token":
             raise refuse("conditions.label.enters token", "diffusers has no embedding of classes as tokens")
-        if not isinstance(section, c.LabelCondition | c.TextCondition):
+        if not isinstance(section, c.LabelCondition | c.TextCondition | c.MaskCondition):
             raise refuse(f"conditions.{section.kind}", "diffusers has no network for it")
-    if len(config.conditions) > 1:
-        said = " and ".join(section.kind for section in config.conditions)
-        raise refuse(f"conditions {said}", "diffusers' pipelines have one at a time")
+    kinds = [section.kind for section in config.conditions]
+    if kinds == ["mask"]:
+        raise refuse("conditions.mask", "diffusers paints in holes by text alone")
+    if len(kinds) > 1 and sorted(kinds) != ["mask", "text"]:
+        raise refuse(f"conditions {' and '.join(kinds)}", "diffusers' pipelines have one at a time, or mask and text")
+    for section in config.conditions:
+        for name, wanted in hole.SEEN.items() if isinstance(section, c.MaskCondition) else ():
+            if getattr(section, name) != wanted:
+                raise refuse(f"conditions.mask.{name} {getattr(section, name)}",
+                             f"diffusers' inpainting pipeline has {name}={wanted}")  # fmt: skip
 
 
 def _pipeline(config: c.RunConfig, family: str, *, latent: bool) -> str:
     if family:
         if not latent:
             raise refuse("space pixels", "diffusers' pipelines from text draw latents")
+        painted = any(isinstance(section, c.MaskCondition) for section in config.conditions)
+        if painted and family != "clip":
+            raise refuse("conditions.mask", "diffusers' inpainting pipeline has CLIP's text encoder alone")
         vq = isinstance(config.space, c.LatentSpace) and isinstance(config.space.autoencoder.regulariser, c.VQConfig)
         if vq and family == "clip":
             raise refuse("autoencoder.regulariser vq", "Stable Diffusion's pipeline decodes AutoencoderKL alone")
-        return "StableDiffusionPipeline" if family == "clip" else "LDMTextToImagePipeline"
+        stable = "StableDiffusionInpaintPipeline" if painted else "StableDiffusionPipeline"
+        return stable if family == "clip" else "LDMTextToImagePipeline"
     if latent:
         return "LDMPipeline"
     return "DDPMPipeline" if config.process.learned_variance or config.sampling.sampler == "ddpm" else "DDIMPipeline"
@@ -112,7 +123,7 @@ def _unet(written: Written, config: c.RunConfig, state: Mapping[str, Tensor], wh
     if config.process.time_input == "continuous":
         later["time.linear1.weight"] = _a_step_later(state["network.time.linear1.weight"], config.model)
     own = Joined(later, Below(state, "network.", without=later))
-    rules = reverse(hf_keys.unet(config.model, old=False))
+    rules = reverse(hole.with_stem(hf_keys.unet(config.model, old=False), hole.order(config)))
     weights: Mapping[str, Tensor] = convert(own, rules, None, where=where)
     table = f"{hf_recipe.LABEL}table.weight"
     if table in state:
@@ -260,7 +271,7 @@ def write(written: Written, config: c.RunConfig, out: Path, *, name: str, run: P
 
 
 def _unused(pipeline: str) -> dict[str, Any]:
-    if pipeline != "StableDiffusionPipeline":
+    if not pipeline.startswith("StableDiffusion"):
         return {}
     absent = ("safety_checker", "feature_extractor", "image_encoder")
     return {**{name: [None, None] for name in absent}, "requires_safety_checker": False}

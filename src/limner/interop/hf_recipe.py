@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner import config as c
 from limner.errors import LimnerError
-from limner.interop import hf_schedule
+from limner.interop import hf_schedule, hole
 from limner.interop.hf_config import AutoencoderFacts, UNetFacts
 from limner.interop.hf_text import TextFacts
 
@@ -30,9 +30,9 @@ def read(folder: Path) -> Mapping[str, Any] | None:
 
 def recipe(parts: Parts, unet: UNetFacts, stage: AutoencoderFacts | None, text: TextFacts | None) -> c.RunConfig:
     """The recipe of a pipeline. Raises LimnerError where its parts don't fit together."""
-    space = stage.section["latent_channels"] if stage else unet.in_channels
+    space, painted = _space(unet, stage)
     where = parts.network.where if parts.network else parts.where
-    if unet.in_channels != space:
+    if unet.in_channels != space and not painted:
         raise LimnerError(f"{where}: in_channels: {unet.in_channels}, of which the latent has {space}; what else is "
                           "concatenated has no counterpart")  # fmt: skip
     if stage is None and space not in (1, 3, 4):
@@ -49,7 +49,7 @@ def recipe(parts: Parts, unet: UNetFacts, stage: AutoencoderFacts | None, text: 
         **({"space": {"kind": "latent", "autoencoder": stage.section}} if stage else {}),
         "process": process,
         "model": unet.section,
-        "conditions": _conditions(where, unet, text, parts.notes),
+        "conditions": [*([hole.SECTION] if painted else []), *_conditions(where, unet, text, parts.notes)],
         "classes": [str(k) for k in range(unet.classes)] if unet.classes else None,
         "sampling": sampling,
         "training": {"precision": "fp32"},
@@ -58,12 +58,25 @@ def recipe(parts: Parts, unet: UNetFacts, stage: AutoencoderFacts | None, text: 
     return c.parse(_completed(raw, parts.recipe), parts.where)
 
 
+def _space(unet: UNetFacts, stage: AutoencoderFacts | None) -> tuple[int, bool]:
+    """The channels of x_t, and whether a mask and a picture with a hole are concatenated to them."""
+    crossing, channels = unet.token_channels is not None, unet.in_channels
+    half, odd = divmod(channels, 2)
+    alone = half if crossing and odd and unet.out_channels in (half, 2 * half) else channels
+    space = stage.section["latent_channels"] if stage else alone
+    return space, crossing and channels == 2 * space + 1
+
+
 def _completed(raw: dict[str, Any], kept: Mapping[str, Any] | None) -> dict[str, Any]:
     """With what Limner left beside its export, where that is of the same kind of model."""
     if kept is None:
         return raw
-    same = [s.get("kind") for s in kept.get("conditions", ())] == [s["kind"] for s in raw["conditions"]]
+    same = _kinds(kept.get("conditions", ())) == _kinds(raw["conditions"])
     return {**raw, **{name: kept[name] for name in KEPT if name in kept}} if same else raw
+
+
+def _kinds(conditions: Iterable[Mapping[str, Any]]) -> list[str]:
+    return sorted(str(section.get("kind")) for section in conditions)
 
 
 def _size(parts: Parts, unet: UNetFacts, stage: AutoencoderFacts | None) -> list[int]:

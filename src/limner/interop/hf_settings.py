@@ -13,6 +13,7 @@ from limner import build
 from limner import config as c
 from limner.errors import LimnerError
 from limner.interop import hf_config
+from limner.nn.conditioners import Conditioner
 
 
 def refuse(part: str, why: str) -> LimnerError:
@@ -43,9 +44,10 @@ def unet(config: c.RunConfig) -> tuple[str, dict[str, Any]]:
     first = model.time_channels or widths[0]
     if first != widths[0]:
         raise refuse(f"model.time_channels {first}", f"diffusers has as many as at the first level, {widths[0]}")
+    tau = _conditioner(config)
     settings = {
         "sample_size": width if height == width else [height, width],
-        "in_channels": channels,
+        "in_channels": channels + (tau.spatial_channels if tau else 0),
         "out_channels": channels * (2 if config.process.learned_variance else 1),
         "block_out_channels": widths,
         "flip_sin_to_cos": model.time_order == "cos_sin",
@@ -103,15 +105,14 @@ def _conditional(model: c.UNetConfig, config: c.RunConfig) -> dict[str, Any]:
         "transformer_layers_per_block": [*depths[:-1], depth],
         # The number of heads, whatever its name says.
         "attention_head_dim": [_heads(model, level.channels) for level in model.levels],
-        "cross_attention_dim": _token_channels(config),
+        "cross_attention_dim": tau.token_channels if (tau := _conditioner(config)) else None,
         "use_linear_projection": False,
     }
 
 
-def _token_channels(config: c.RunConfig) -> int | None:
+def _conditioner(config: c.RunConfig) -> Conditioner | None:
     with torch.device("meta"):
-        tau = build.conditioner(config, 1)
-    return None if tau is None else tau.token_channels
+        return build.conditioner(config, 1)
 
 
 def _heads(model: c.UNetConfig, channels: int) -> int:

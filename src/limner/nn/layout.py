@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from limner.errors import LimnerError
 from limner.nn.conditioners import Embedded
-from limner.nn.text import TextBlock, pooled
+from limner.nn.text import TextBlock, TextTransformer, pooled
 
 FREQUENCIES = 8
 """Sines and cosines of each coordinate of a box, at 2^k half turns over the picture."""
@@ -83,6 +83,57 @@ class BoxesConditioner(Tokens):
         for block in self.blocks:
             x = block(x, mask)
         return self.embedded(self.norm(x), mask, absent)
+
+
+class TokenBoxesConditioner(nn.Module):
+    """Boxes as CompVis' layout models read them (Rombach et al. 2022, section 4.3.1; the `objects_bbox` of Esser et al.
+    2021, 2012.09841): of each box its class, its upper left and its lower right corner on a grid, each a token.
+
+    encoder: a transformer over 3 `most` tokens, and two more with `crop`, the corners of the part of the picture that
+    is seen, which is the whole. vocabulary: V; the grid has floor(sqrt V) cells a side, and token V - 1 is no box. An
+    absent layout is one of no boxes. emb_channels: width of the pooled vector; None: tokens only.
+    """
+
+    def __init__(self, encoder: TextTransformer, vocabulary: int, most: int, *, crop: bool = True,
+                 emb_channels: int | None = None) -> None:  # fmt: skip
+        super().__init__()
+        self.encoder, self.most, self.crop = encoder, most, crop
+        self.none, self.side = vocabulary - 1, math.isqrt(vocabulary)
+        self.token_channels: int = encoder.width
+        self.pool = nn.Linear(self.token_channels, emb_channels) if emb_channels else None
+
+    def forward(self, boxes: Tensor | None, batch: int, drop: Tensor | None = None) -> Embedded:
+        """boxes: as `tokens` takes them; or those tokens, int (B, L); or None. drop (B,) bool marks rows to treat as
+        absent. Raises LimnerError for another shape, class or token."""
+        nothing = torch.zeros(batch, 0, 5)
+        boxes = nothing if boxes is None else boxes
+        ids = self.tokens(boxes) if boxes.ndim == 3 else boxes
+        if ids.is_floating_point() or ids.shape != (batch, self.encoder.length):
+            raise LimnerError(f"boxes: shape {tuple(boxes.shape)} should be ({batch}, M, 5), or tokens, int "
+                              f"({batch}, {self.encoder.length})")  # fmt: skip
+        if int(ids.min()) < 0 or int(ids.max()) > self.none:
+            raise LimnerError(f"boxes: tokens should be 0 to {self.none}")
+        if drop is not None:
+            ids = torch.where(drop.to(ids.device)[:, None], self.tokens(nothing).to(ids.device), ids)
+        ids = ids.to(self.encoder.embedding.weight.device)
+        tokens, vector = self.encoder(ids, torch.ones_like(ids, dtype=torch.bool))
+        return Embedded(None if self.pool is None else self.pool(vector), tokens)
+
+    def tokens(self, boxes: Tensor) -> Tensor:
+        """int64 (B, L) of boxes (B, M, 5), class and x, y, w, h in 0..1, filled up with class -1; M above `most` is
+        cut. Raises LimnerError for another shape or class."""
+        if boxes.ndim != 3 or boxes.shape[2] != 5:
+            raise LimnerError(f"boxes: shape {tuple(boxes.shape)} should be (B, M, 5)")
+        boxes = boxes[:, : self.most].double()
+        number, low = boxes[..., :1].long(), boxes[..., 1:3]
+        if (number >= self.none).any():
+            raise LimnerError(f"boxes: class {int(number.max())}, there are {self.none}, from 0 on")
+        cells = (torch.cat([low, low + boxes[..., 3:]], dim=2).clamp(0, 1) * (self.side - 1)).round().long()
+        places = cells[..., 1::2] * self.side + cells[..., ::2]
+        triples = torch.where(number < 0, self.none, torch.cat([number, places], dim=2))
+        ids = F.pad(triples.flatten(1), (0, 3 * (self.most - boxes.shape[1])), value=self.none)
+        whole = ids.new_tensor([0, self.side**2 - 1]).expand(len(ids), -1)
+        return torch.cat([ids, whole], dim=1) if self.crop else ids
 
 
 def fourier(places: Tensor) -> Tensor:

@@ -319,8 +319,8 @@ class TextConditioner(nn.Module):
         self._told = True
 
     def forward(self, text: Sequence[str | None] | Tensor | None, batch: int, drop: Tensor | None = None) -> Embedded:
-        """text: captions, None among them for absent ones; or token ids (B, L); or None. drop (B,) bool: rows to
-        treat as absent. Raises LimnerError for ids that don't fit, or captions that are no text."""
+        """text: captions, None among them for absent ones; or token ids, (B, L) or B of (L,); or None. drop (B,)
+        bool: rows to treat as absent. Raises LimnerError for ids that don't fit, or captions that are no text."""
         device = self._device()
         absent = torch.zeros(batch, dtype=torch.bool) if drop is None else drop.cpu().clone()
         tokens = self._tokens([None] * batch if text is None else text, absent)
@@ -339,8 +339,8 @@ class TextConditioner(nn.Module):
         """Tokens of captions or ids; `absent` gains the rows whose caption is None."""
         if isinstance(text, str) or len(text) != len(absent):
             raise LimnerError(f"text: should be a list of {len(absent)} captions, one for each picture")
-        if isinstance(text, Tensor):
-            return self._given(text, absent)
+        if len(text) and all(isinstance(row, Tensor) for row in text):
+            return self._given(torch.stack(list(text)), absent)  # pyright: ignore[reportArgumentType]
         for row, caption in enumerate(text):
             if not isinstance(caption, str | None):
                 raise LimnerError(f"text: row {row} is a {type(caption).__name__}, should be a caption")

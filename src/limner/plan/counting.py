@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from limner import build
 from limner.config import BoxesCondition, ConditionConfig, PixelSpace, RunConfig, VariationCondition
 from limner.errors import LimnerError
+from limner.nn.layout import TokenBoxesConditioner
 from limner.nn.text import TextConditioner, TextTransformer
 from limner.nn.unet import Stage
 from limner.training.optimizers import Optimizer
@@ -169,6 +170,8 @@ def _length(module: nn.Module, section: ConditionConfig) -> int:
         return module.length
     if isinstance(section, VariationCondition):
         return section.grid**2
+    if isinstance(module, TokenBoxesConditioner):
+        return module.encoder.length
     return section.most if isinstance(section, BoxesCondition) else 1
 
 

@@ -243,7 +243,8 @@ class _Taking:
         prefix = f"{MODALITIES}{section.kind}."
         own = [n for n in self.own if n.startswith(prefix)]
         given = {n for n in self.given if n.startswith(prefix)}
-        table = prefix + CLASSES[section.kind] if section.kind in CLASSES else ""
+        table = prefix + CLASSES.get(section.kind, "")
+        table = table if table in own else ""  # boxes as tokens have rows for numbers, whatever their names
         why = ""
         if before is None:
             why = "with fresh weights"

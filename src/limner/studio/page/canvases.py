@@ -73,7 +73,7 @@ class Boxes:
     """Boxes dragged on a canvas, each of a class."""
 
     def __init__(self, generator: Generator, _: Limits) -> None:
-        names = tuple(section_of(generator, "boxes").classes or ())
+        names = section_of(generator, "boxes").names
         self.components: list[Any] = [boards.box_board(names, size_of(generator))]
 
     def options(self, canvas: Size, *values: Any) -> dict[str, Any]:
