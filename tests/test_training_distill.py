@@ -3,7 +3,9 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from limner.core.schedule import CosineSchedule, DiscreteCosineSchedule, LinearS
 from limner.errors import LimnerError
 from limner.nn.conditioners import Embedded
 from limner.training import distill_rounds as rounds
+from limner.training.distill import DistillTask
 from mixture import Mixture
 from tiny_cli import Workshop
 
@@ -210,6 +213,30 @@ def test_what_guidance_remembers_is_forgotten_by_another_drawing():
         assert torch.equal(reused(x, at(t), 1).x0, each(x, at(t), 1).x0)
     with pytest.raises(LimnerError, match="every 0 steps"):
         guidance.classifier_free(MIXTURE.denoise, 3.0, every=0)
+
+
+def test_a_condition_without_a_null_holds_in_both_halves():
+    """A picture to enlarge, which must always be given, beside a label to guide by."""
+    conditions = [{"kind": "label"}, {"kind": "image", "null": False, "size": [4, 4]}]
+    raw = {"data": {"size": 8}, "classes": ["a", "b"], "conditions": conditions, "sampling": {"clip": False},
+           "model": {"kind": "unet", "levels": [{"channels": 32}]}}  # fmt: skip
+    recipe = config.parse(raw, "recipe")
+    teacher = build.model(recipe).eval()
+    for weight in teacher.network.parameters():
+        nn.init.normal_(weight, std=0.1)
+    x, t, scale = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([1.5, 3.0])
+    cond = {"label": torch.tensor([0, 1]), "image": torch.randn(2, 3, 4, 4)}
+    rows = np.arange(2)
+    data = SimpleNamespace(train=rows, held_out=rows[:0], batch=lambda _: {**cond, "small": cond["image"]})
+    student = recipe.model_copy(update={"distillation": section(guidance=(1, 4), steps=None)})
+    task = DistillTask(teacher, student, data, teacher, recipe, None)
+    found = task._target(x, t, torch.zeros(2), cond, {}, scale)
+    denoise = build.denoiser(teacher, recipe)
+    with torch.no_grad():
+        guided, plain = (denoise(x, t, teacher.embed({**cond, "label": label}, 2)) for label in (cond["label"], None))
+        x0 = plain.x0 + scale[:, None, None, None] * (guided.x0 - plain.x0)
+    assert (guided.x0 - plain.x0).abs().max() > 1e-2
+    torch.testing.assert_close(found, x0, atol=1e-4, rtol=1e-4)
 
 
 # --- rounds ------------------------------------------------------------------------------------------------------

@@ -86,11 +86,6 @@ class Generator(Loaded):
         return tuple(section.kind for section in self.config.conditions)
 
     @property
-    def _always(self) -> tuple[str, ...]:
-        """The conditions that have no null: guidance moves away from pictures for which they hold as well."""
-        return tuple(section.kind for section in self.config.conditions if not getattr(section, "null", True))
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """Names of the labels, in order; empty for a model without labels."""
         return tuple(self.config.classes or ()) if "label" in self.modalities else ()
@@ -232,7 +227,7 @@ class Generator(Loaded):
             size = order.shape[1:]
             tau = self.model.embed(cond, batch, size=size) if order.tau is None else order.tau[rows]
             negative = {} if asked.negative is None else {"text": asked.negative[rows]}
-            negative |= {name: cond[name] for name in self._always if name in cond}
+            negative |= {name: cond[name] for name in self.config.always if name in cond}
             denoise = self.denoiser(settings, batch, cond, size=size, negative=negative)
             gradient = None
             if order.guide is not None:
@@ -273,7 +268,7 @@ class Generator(Loaded):
             told = partial(guidance.told, plain, embed=lambda tau, scale: replace(tau, guidance=scale))
             denoise = guidance.interval(told(settings.guidance), told(1.0), *settings.interval)
         elif settings.scales:
-            always = {name: cond[name] for name in self._always if name in cond}
+            always = {name: cond[name] for name in self.config.always if name in cond}
             names = [name for name in self.modalities if name in cond and name not in always]
             chain = settings.composition == "chain"
             parts = [{n: cond[n] for n in (*always, *(names[: k + 1] if chain else [name]))}
@@ -346,7 +341,7 @@ class Generator(Loaded):
                 raise LimnerError(
                     f"guidance of {name}: this model was not trained with it{suggest(name, self.modalities)}"
                 )
-            if name in self._always:
+            if name in self.config.always:
                 raise LimnerError(f"guidance of {name}: this model never learnt without it; leave it out")
         if settings.scales and tau is not None:
             raise LimnerError("guidance by modality: needs the conditions themselves, not tau")

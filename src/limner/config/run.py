@@ -182,6 +182,11 @@ class RunConfig(Section):
     label_smoothing: Fraction = Field(default=0.0, description="classifier task")
     provenance: dict[str, Any] = Field(default_factory=dict, description="where it came from; never read by the code")
 
+    @property
+    def always(self) -> tuple[str, ...]:
+        """The conditions that have no null: guidance moves away from pictures for which they hold as well."""
+        return tuple(section.kind for section in self.conditions if not getattr(section, "null", True))
+
     def conditions_in(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The conditions of a batch of the data set, by modality."""
         return {section.kind: batch[section.key] for section in self.conditions}

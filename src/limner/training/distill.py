@@ -69,7 +69,8 @@ class DistillTask(DiffusionTask):
             build.ready(self.teacher, x.device)
         size = (x.shape[2], x.shape[3])
         tau = self.teacher.embed(cond, len(x), drop, size)
-        denoise = self._guided(scale, partial(self.teacher.embed, {}, len(x), size=size))
+        always = {name: cond[name] for name in self.taught.always if name in cond}
+        denoise = self._guided(scale, partial(self.teacher.embed, always, len(x), size=size))
         if self.config.space.kind == "pixels" and self.taught.sampling.clip:
             denoise = guidance.clipped(denoise)
         if self.strides is None:
