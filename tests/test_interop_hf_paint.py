@@ -152,13 +152,20 @@ def test_what_diffusers_would_not_see_so_is_named(tmp_path: Path, settings: list
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("modes")
 def test_the_unet_alone_takes_latents_and_another_encoders_output(sd: Path) -> None:
     gen, x = load(sd / "unet"), noise(2, 4, 8, 8)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(sd)
-    told = pipeline.encode_prompt(CAPTIONS, "cpu", 1, False)[0]
+    told, null = pipeline.encode_prompt(CAPTIONS, "cpu", 1, True)
     known, mask = noise(2, 4, 8, 8, seed=1), (noise(2, 1, 8, 8, seed=2) > 0).float()
     expected = pipeline.unet(torch.cat([x, mask, known * (1 - mask)], dim=1), STEP, told).sample.detach()
     alike(gen.raw(x, STEP, text=told, mask=with_hole(known, mask)), expected)
+    image, mask = photos()
+    latent = pipeline.vae.encode(image * (1 - mask)).latent_dist.mode() * pipeline.vae.config["scaling_factor"]
+    hole = torch.cat([latent, mask[:, :, ::2, ::2]], dim=1).detach()
+    drawn = gen.sample(text=told, negative_text=null, conditions={"mask": hole}, guidance=3.0, steps=4,
+                       initial_noise=x, output="latent")  # fmt: skip
+    alike(drawn, theirs(sd, x, 3.0))
 
 
 def test_channels_that_are_no_hole_are_named(sd: Path, tmp_path: Path) -> None:

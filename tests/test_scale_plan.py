@@ -99,6 +99,15 @@ def test_every_condition_is_counted(condition: dict[str, Any]) -> None:
     assert (counts.image.condition_flops > 0) == (condition["kind"] == "text")
 
 
+def test_boxes_as_tokens_have_numbers_for_classes() -> None:
+    """Imported layout models name none; the tokens leave room for 99."""
+    section = {"kind": "boxes", "width": 8, "depth": 1, "most": 4, "tokens": {"vocabulary": 100}}
+    model = {"kind": "unet", "levels": [{"channels": 32, "cross_attention": 1}], "heads": 1}
+    config = with_classes(recipe(conditions=[section], classes=None, model=model), 1000)
+    assert config.conditions[0] == c.BoxesCondition(**section)
+    assert count(config, bf16=False).image.forward_flops > 0
+
+
 def test_published_arithmetic_of_adm_and_ldm() -> None:
     """Peebles & Xie 2023, table 9, count multiply-adds: ADM at 256 pixels 1,120 G, LDM-4 103.6 G."""
 

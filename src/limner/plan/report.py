@@ -74,7 +74,9 @@ def with_classes(config: RunConfig, number: int) -> RunConfig:
     names = tuple(str(index) for index in range(number))
     sections = tuple(
         section.model_copy(update={"classes": names})
-        if not isinstance(section, LabelCondition) and getattr(section, "classes", names) is None
+        if not isinstance(section, LabelCondition)
+        and getattr(section, "classes", names) is None
+        and not getattr(section, "names", ())  # tokens have numbers already
         else section
         for section in config.conditions
     )
