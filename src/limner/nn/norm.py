@@ -1,7 +1,8 @@
 """Group norm with what follows it, AdaGN's scale and shift and SiLU, in one pass over the picture.
 
 PyTorch's own group norm is slow on a CPU in channels_last, and each following operation reads and writes the whole
-picture again. Here the norm and the modulation become one affine map per picture and channel, a x + b.
+picture again. Here the norm and the modulation become one affine map per picture and channel, a x + b. On a GPU small
+networks wait for the host's calls instead, and PyTorch's kernels are half as many.
 """
 
 from __future__ import annotations
@@ -30,11 +31,23 @@ class GroupNorm(nn.GroupNorm):
         if input.dim() != 4:
             x = super().forward(input)
             return F.silu(x) if silu else x
+        if input.is_cuda:
+            return self.by_kernels(input, scale, shift, silu=silu)
         # Two zeros: the same tensor handed in twice would break torch.compile's graph here.
         scale = self.weight.new_zeros(()) if scale is None else scale
         shift = self.weight.new_zeros(()) if shift is None else shift
         return _Normalise.apply(input, self.weight, self.bias, scale.float(), shift.float(), self.num_groups, self.eps,
                                 silu)  # fmt: skip
+
+    def by_kernels(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, *, silu: bool) -> Tensor:
+        """The same by PyTorch's kernels, in the dtype of x; differentiable any number of times."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        if scale is not None:
+            x = x * (1 + scale[:, :, None, None]).to(x.dtype)
+        if shift is not None:
+            x = x + shift[:, :, None, None].to(x.dtype)
+        return F.silu(x) if silu else x
 
 
 class _Normalise(torch.autograd.Function):
