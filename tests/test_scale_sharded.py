@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from limner.config import RunConfig
 from limner.errors import LimnerError
-from limner.training.checkpoint import Checkpoints
+from limner.training import sharded
+from limner.training.checkpoint import Checkpoint, Checkpoints
 from limner.training.loop import Training
 from test_training_crash import two_processes, without_dropout
 from tiny_training import exit_code, recipe, run
@@ -129,3 +131,29 @@ def test_a_flipped_byte_in_a_piece_is_noticed(tmp_path: Path, caplog: pytest.Log
     run(tmp_path / "run", without_dropout(images=48), resume=True, console=console)
     assert f"damaged (pieces/{piece.name} is not what was written)" in caplog.text
     assert "at 16 images" in console.export_text()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_pieces_are_written_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   background: bool) -> None:  # fmt: skip
+    """The first checkpoint is written only when later steps have been done; it holds what was there when it was due."""
+    original, step, done = sharded.write, Training.step, []
+
+    def late(*arguments: Any) -> None:
+        for _ in range(300 if background and len(done) < 10 else 0):
+            if len(done) >= 6:
+                break
+            time.sleep(0.1)
+        (tmp_path / f"steps-{len(done)}").touch()
+        original(*arguments)
+
+    monkeypatch.setattr(sharded, "write", late)
+    monkeypatch.setattr(Training, "step", lambda training, batch: (step(training, batch), done.append(1)))
+    settings: dict[str, Any] = {"images": 80, "checkpoint_every": 32, "shard": True, "keep_last": 3}
+    in_two(tmp_path / "run", without_dropout(background=background, **settings))
+    assert (tmp_path / f"steps-{6 if background else 4}").exists()
+    run(tmp_path / "one", without_dropout(**settings | {"images": 32}))
+    found = {path.name: path for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    early = Checkpoint(found["images-000000032"], 32, {}).tensors("model")
+    for name, tensor in newest(tmp_path / "one")["model"].items():
+        torch.testing.assert_close(early[name], tensor, rtol=0, atol=1e-5)

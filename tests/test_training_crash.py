@@ -203,6 +203,24 @@ def test_two_processes_equal_one_and_resume_in_either_number(tmp_path: Path, opt
                 torch.testing.assert_close(tensor, weights[file][key], rtol=0, atol=closeness)
 
 
+def test_a_process_that_never_comes_is_told_by_the_others(tmp_path: Path) -> None:
+    """After training.timeout_s."""
+
+    def act() -> None:
+        try:
+            run(tmp_path / "run", without_dropout(images=80, timeout_s=2.0))
+        except LimnerError as error:
+            (tmp_path / "said").write_text(str(error))
+            raise
+
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    assert exit_code(in_a_child(act, place), 60) == 1
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("process 0 of 2: the others weren't there within training.timeout_s, 2 s; see what they say")
+    assert "\n" not in said
+
+
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_lost_process_ends_the_others_and_they_say_why(tmp_path: Path, how: str) -> None:
     """At once where it dies, after training.timeout_s where it hangs; the run is there to be resumed."""

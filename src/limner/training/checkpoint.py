@@ -99,15 +99,17 @@ class Checkpoints:
         self._retain(saved)
         return saved
 
-    def save_pieces(self, images: int, tensors: Tensors, state: Mapping[str, Any], main: bool,
+    def save_pieces(self, images: int, tensors: Tensors, state: Mapping[str, Any], writers: Any,
                     wait: Callable[[], None]) -> None:  # fmt: skip
-        """As `save`, of tensors that are cut over processes, by the names of `Checkpoint.pieces`. Every process calls
-        it; the main one makes the directory and seals it. wait(): until every process has come there."""
+        """As `save`, of tensors that are cut over processes, by the names of `Checkpoint.pieces`. Every process of the
+        group `writers` calls it; its first one makes the directory and seals it. wait(): until every process has come
+        there."""
+        main = torch.distributed.get_rank(writers) == 0
         with self._writing(images) as partial:
             if main:
                 self._clear(partial, _bytes(tensors))
             wait()
-            sharded.write(partial / PIECES, tensors)
+            sharded.write(partial / PIECES, tensors, writers)
             wait()
             if main:
                 for file in (partial / PIECES).iterdir():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -105,10 +105,16 @@ def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     return result
 
 
-def wait_for_processes(accelerator: Accelerator) -> None:
-    """Return when every process has come here. Raises LimnerError when another process is lost."""
+def agree_every(device: torch.device) -> int:
+    """Steps between agreements of several processes: each one makes the host wait for the device."""
+    return 1 if device.type == "cpu" else 16
+
+
+def wait_for_processes(accelerator: Accelerator, group: Any = None) -> None:
+    """Return when every process has come here; by a group of its own in another thread. Raises LimnerError when another
+    process is lost."""
     with together(accelerator):
-        accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone() if group is None else torch.distributed.barrier(group)
 
 
 def patience(timeout_s: float) -> InitProcessGroupKwargs:

@@ -31,6 +31,7 @@ from limner.training.checkpoint import Checkpoint, Checkpoints, load_weights, sa
 from limner.training.clock import Clock, learning_rate
 from limner.training.devices import (
     Compiled,
+    agree_every,
     average_over_processes,
     sum_over_processes,
     together,
@@ -42,7 +43,7 @@ from limner.training.draws import Batches, Source, seed_of
 from limner.training.ema import EMA
 from limner.training.optimizers import Optimizer
 from limner.training.progress import Display, MetricsFile, duration
-from limner.training.sharded import gathered, read_into
+from limner.training.sharded import flat, gathered, read_into, staged
 from limner.training.share import Share
 from limner.training.signals import StopRequest
 from limner.training.startup import accelerator_for, claim, sharding_for
@@ -244,7 +245,7 @@ class Training:
         impatient = self.task.patience > 0 and self.rounds_since_best >= self.task.patience
         own = [self.clock.elapsed_s if self.main else 0.0, float(stop.name is not None), float(impatient)]
         if self.accelerator.num_processes > 1:
-            if self.sitting_steps % _agree_every(self.device):
+            if self.sitting_steps % agree_every(self.device):
                 return None
             own = self.share.add_up(torch.tensor(own, dtype=torch.float64)).tolist()
         self.elapsed_s = own[0]
@@ -369,19 +370,26 @@ class Training:
             "threads": torch.get_num_threads(),
             "versions": {name: importlib.metadata.version(name) for name in ("limner", "torch")},
         }
-        if self.sharding is not None:
-            wait = partial(wait_for_processes, self.accelerator)
-            self.checkpoints.save_pieces(self.clock.images, _flat(tensors), state, self.main, wait)
-            self.publish()
-        elif self.settings.background:
-            self.writer.run(partial(self.write, self.clock.images, copied(tensors), state))
+        images, behind = self.clock.images, self.settings.background
+        if self.sharding is None:
+            work = partial(self.write, images, copied(tensors) if behind else tensors, state)
         else:
-            self.write(self.clock.images, tensors, state)
+            pieces = staged(flat(tensors)) if behind else flat(tensors)
+            average = gathered(tensors["ema"], keep=self.main)
+            work = partial(self.write_pieces, self.sharding.writers, images, pieces, state, average)
+        self.writer.run(work) if behind else work()
 
     def write(self, images: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Put a checkpoint and the run's model on the disk; asks for nothing that training changes."""
         self.checkpoints.save(images, tensors, state)
         self.publish(tensors["ema"])
+
+    def write_pieces(self, writers: Any, images: int, pieces: Mapping[str, Tensor], state: Mapping[str, Any],
+                     average: Mapping[str, Tensor]) -> None:  # fmt: skip
+        """The same of what is cut over processes, each of which calls it; the whole `average` is the main one's."""
+        wait = partial(wait_for_processes, self.accelerator, writers)
+        self.checkpoints.save_pieces(images, pieces, state, writers, wait)
+        self.publish(average)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint holds, live, by file."""
@@ -398,7 +406,7 @@ class Training:
         best = self.checkpoints.best(verified=True) if self.task.best_is else None
         if best is not None:
             average = best.tensors("ema")
-        average = gathered(self.ema.module.state_dict()) if average is None else average
+        average = gathered(self.ema.module.state_dict(), keep=self.main) if average is None else average
         if self.main:
             self.checkpoints.publish(lora.merged(average), self.config)
 
@@ -431,7 +439,7 @@ class Training:
     def take(self, found: Checkpoint) -> None:
         """Put a checkpoint's weights, moments and counts in place."""
         if self.sharding is not None and found.pieces is not None:
-            read_into(found.pieces, _flat(self.tensors()))
+            read_into(found.pieces, flat(self.tensors()))
         else:
             self.fill(found)
         state = found.state
@@ -482,12 +490,3 @@ class Training:
             f"{self.out}: {self.clock.images:,} images in {duration(seconds)}, {words.get(reason or '', 'done')}"
         )
         return TrainResult(self.out, self.clock.images, seconds, self.figures, signal_name if hurry else None)
-
-
-def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{name}:{key}": tensor for name, content in tensors.items() for key, tensor in content.items()}
-
-
-def _agree_every(device: torch.device) -> int:
-    """Steps between agreements of several processes: each one makes the host wait for the device."""
-    return 1 if device.type == "cpu" else 16

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,15 @@ def refuse_others(config: RunConfig) -> None:
 
 
 class Sharding:
-    """Cuts models over `processes` of a device type, and works on what is cut."""
+    """Cuts models over `processes` of a device type, and works on what is cut. writers: the same processes, which in it
+    wait for one another by the CPU for `timeout_s`, beside what the devices exchange."""
 
-    def __init__(self, device: torch.device, processes: int) -> None:
+    def __init__(self, device: torch.device, processes: int, timeout_s: float) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         self.mesh = init_device_mesh(device.type, (processes,))
+        self.writers: Any = torch.distributed.new_group(timeout=timedelta(seconds=timeout_s), backend="gloo")
         # Weights are gathered as they are and cast by autocast, so that the numbers are those of one process. Inputs
         # stay: times in bf16 would be off.
         self.policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -85,11 +88,27 @@ def fill(own: Tensor, value: Tensor) -> None:
         local(own).copy_(pieces[rank])
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, one after the other; every process calls it."""
-    whole: dict[str, Any] = dict(tensors)
-    return {name: (tensor.full_tensor() if is_cut(tensor) else tensor).detach().cpu()
-            for name, tensor in whole.items()}  # fmt: skip
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, one after the other; every process calls it, and is left with them where it is to
+    `keep` them."""
+    whole: dict[str, Tensor] = {}
+    cut: dict[str, Any] = dict(tensors)
+    for name, tensor in cut.items():
+        full = tensor.full_tensor() if is_cut(tensor) else tensor
+        whole |= {name: full.detach().cpu()} if keep else {}
+    return whole
+
+
+def flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's files under one name each, `file:tensor`."""
+    return {f"{name}:{key}": tensor for name, content in tensors.items() for key, tensor in content.items()}
+
+
+def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's pieces as they are now, in memory of their own on the CPU."""
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    return BlockingAsyncStager().stage(dict(tensors))  # pyright: ignore[reportReturnType]
 
 
 def is_cut(tensor: Tensor) -> bool:
@@ -100,13 +119,15 @@ def is_cut(tensor: Tensor) -> bool:
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Each process its own pieces, as safetensors, by torch.distributed.checkpoint. Raises OSError with the reason."""
+def write(folder: Path, tensors: Mapping[str, Tensor], writers: Any) -> None:
+    """Each process of `writers` its own pieces, as safetensors, by torch.distributed.checkpoint. Raises OSError with
+    the reason."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        dcp.save(_contiguous(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(_contiguous(tensors), storage_writer=writer, process_group=writers)
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise first if isinstance(first, OSError) else OSError(str(first)) from error

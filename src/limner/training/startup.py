@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -22,12 +25,29 @@ def sharding_for(config: RunConfig, accelerator: Accelerator) -> Sharding | None
     if not config.training.shard:
         return None
     refuse_others(config)
-    return None if accelerator.num_processes == 1 else Sharding(accelerator.device, accelerator.num_processes)
+    if accelerator.num_processes == 1:
+        return None
+    return Sharding(accelerator.device, accelerator.num_processes, config.training.timeout_s)
+
+
+@contextmanager
+def reached(timeout_s: float) -> Iterator[None]:
+    """What a process is told of when the others don't come to the start."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if processes == "1":
+            raise
+        raise LimnerError(
+            f"process {rank} of {processes}: the others weren't there within training.timeout_s, {timeout_s:g} s; see "
+            f"what they say, and that MASTER_ADDR can be reached from all ({' '.join(str(error).split())[:160]})"
+        ) from error
 
 
 def accelerator_for(config: RunConfig, out: Path) -> Accelerator:
     """Devices and processes as `torchrun` or `accelerate launch` say, and the trackers of a recipe. Raises LimnerError
-    for a tracker that is unknown or not installed."""
+    for a tracker that is unknown or not installed, and where the other processes don't come."""
     for name in config.training.trackers:
         if name not in TRACKERS:
             raise LimnerError(f"training.trackers: '{name}' is unknown{suggest(name, TRACKERS)}")
@@ -36,9 +56,10 @@ def accelerator_for(config: RunConfig, out: Path) -> Accelerator:
     # Told that there is only a CPU, accelerate uses gloo under torchrun; untold, it forgets the other processes.
     on_cpu = best_device().type == "cpu"
     waiting = patience(config.training.timeout_s)
-    accelerator = Accelerator(
-        cpu=on_cpu, log_with=list(config.training.trackers) or None, project_dir=out, kwargs_handlers=[waiting]
-    )
+    with reached(config.training.timeout_s):
+        accelerator = Accelerator(
+            cpu=on_cpu, log_with=list(config.training.trackers) or None, project_dir=out, kwargs_handlers=[waiting]
+        )
     if config.training.trackers:
         accelerator.init_trackers("limner", config={"recipe": config.model_dump_json()})
     return accelerator
