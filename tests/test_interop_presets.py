@@ -32,7 +32,7 @@ LACKS = {
     "default": "model.head_dim: heads of 96 and 64 channels; ",
     "digits": "model.patch 2: ",
     "emoji": "model.patch 4: ",
-    "emoji-inpaint": "conditions.mask: ",
+    "emoji-inpaint": "conditions.mask",
     "emoji-text": "model.resample block: ",
     "emoji-variation": "conditions.variation: ",
     "emoji-x4": "conditions.image: ",

@@ -85,7 +85,8 @@ def _conditions_known(config: c.RunConfig) -> None:
         for name, wanted in hole.SEEN.items() if isinstance(section, c.MaskCondition) else ():
             if getattr(section, name) != wanted:
                 raise refuse(f"conditions.mask.{name} {getattr(section, name)}",
-                             f"diffusers' inpainting pipeline has {name}={wanted}")  # fmt: skip
+                             "diffusers' inpainting pipeline shows the hole otherwise; train with "
+                             f"{name}={str(wanted).lower()}")  # fmt: skip
 
 
 def _pipeline(config: c.RunConfig, family: str, *, latent: bool) -> str:
