@@ -13,7 +13,7 @@ DEMO_BUDGET ?= 2m
 DEMO_CAPTIONS := --text "red heart" --text "green apple" --text "cat face" --text "soccer ball" \
   --text "grinning face with sunglasses" --text "woman shrugging dark skin tone" --text "blue book" --text "full moon"
 
-.PHONY: setup demo test lint docs pictures tour format bench clean
+.PHONY: setup demo test audit fuzz lint docs pictures tour format bench clean
 
 setup: $(INSTALLED)
 
@@ -58,6 +58,20 @@ lint: setup
 # One thread a process: two pools of threads on the same cores wait for each other most of the time.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Whether an advisory is known of a pinned version; asks PyPI, and fails where it can't answer for one of them.
+audit: setup
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
+
+# Readers fed with bytes that coverage guides, so many seconds each; atheris has wheels for Linux and some Pythons.
+FUZZ_S ?= 60
+fuzz: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris
+	for t in headers pickles metadata csv pictures maps tars parquet recipes; do \
+	  $(BIN)/python scripts/fuzz.py $$t -max_total_time=$(FUZZ_S) || exit; \
+	done
 
 # The documentation, into site/; `make test` builds it too.
 docs: setup

@@ -127,7 +127,8 @@ def _first_stage(recipe: RunConfig, space: LatentSpace, pictures: Dataset, out: 
         budget_s = None if whole.budget_s is None else space.share * whole.budget_s
         own = own.model_copy(update={"images": images, "budget_s": budget_s})
     stage = recipe.model_copy(update={"task": "autoencoder", "model": space.autoencoder, "conditions": (),
-                                      "training": own.model_copy(update={"seed": whole.seed}),
+                                      "training": own.model_copy(update={"seed": whole.seed,
+                                                                         "deterministic": whole.deterministic}),
                                       "space": RunConfig.model_fields["space"].default})  # fmt: skip
     torch.manual_seed(whole.seed)
     task = AutoencoderTask(build.model(stage), stage, pictures)

@@ -68,6 +68,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run; starts it if there is none.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of everything random. Default: the recipe's, 0.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits from run to run on a GPU too.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a model on pictures.
@@ -104,7 +107,7 @@ def train(
             teacher=teacher,
             flags=flags,
             config=config,
-            settings=[*(settings or []), *_also(lora=lora, steps=steps, distilling=task == Task.distill)],
+            settings=[*(settings or []), *_also(lora, steps, task == Task.distill, deterministic or None)],
             seed=seed,
             resume=resume,
             progress=tell,
@@ -122,9 +125,9 @@ def train(
         raise typer.Exit(STOPPED)
 
 
-def _also(*, lora: int | None, steps: int | None, distilling: bool) -> list[str]:
+def _also(lora: int | None, steps: int | None, distilling: bool, deterministic: bool | None) -> list[str]:
     """Settings that have an option of their own. Raises LimnerError for steps without --task distill."""
     if steps is not None and not distilling:
         raise LimnerError("--steps: goes with --task distill; those of sampling are --set sampling.steps")
-    named = {"training.lora": lora, "distillation.steps": steps}
+    named = {"training.lora": lora, "distillation.steps": steps, "training.deterministic": deterministic}
     return [f"{name}={value}" for name, value in named.items() if value is not None]

@@ -99,6 +99,7 @@ class TrainingConfig(Section):
         default=False, description="several processes: cut weights, moments and average over them (FSDP2)"
     )
     seed: int = 0
+    deterministic: bool = Field(default=False, description="the same bits from run to run on a GPU too; slower there")
     checkpoint_every: PositiveInt = Field(default=100_000, description="images")
     keep_last: PositiveInt = 2
     background: bool = Field(default=True, description="write checkpoints, from a copy, while training goes on")

@@ -157,7 +157,7 @@ def _fill(home: Path, index: int, key: str, dataset: Dataset, autoencoder: Autoe
           progress: Progress | None) -> None:  # fmt: skip
     """Encode the rows of a shard, unless it is whole. Its lock is held, so that what lies beside it has no owner."""
     path = home / f"{index:05d}.safetensors"
-    if _is_whole(path, key, span):
+    if is_whole(path, key, span):
         return
     for left in home.glob(f".{path.name}-*"):
         left.unlink(missing_ok=True)
@@ -171,8 +171,8 @@ def _known(dataset: StreamDataset, shards: Sequence[dict[str, str]]) -> StreamDa
     """The data set without the rows that whoever encoded them found corrupt, by the shards' metadata."""
     source = dataset.pixels.source
     for metadata in shards:
-        for row, what in json.loads(metadata.get("corrupt", "{}")).items():
-            dataset.corrupt.setdefault(int(row), Problem(source.picture_place(int(row)), what))
+        for row, what in _corrupt(metadata).items():
+            dataset.corrupt.setdefault(row, Problem(source.picture_place(row), what))
     for problem in list(dataset.corrupt.values())[-1:]:
         refuse_many(len(dataset.corrupt), len(dataset), problem)
     train = dataset.train[~np.isin(dataset.train, list(dataset.corrupt))]
@@ -229,25 +229,34 @@ def _write(path: Path, metadata: dict[str, str], arrays: Arrays) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _is_whole(path: Path, key: str, span: range) -> bool:
+def is_whole(path: Path, key: str, span: range) -> bool:
     """Whether a shard is there and holds these rows. Raises LimnerError when it is another cache's."""
     try:
         metadata, arrays = _arrays(path)
-    except (OSError, ValueError, KeyError):
+        _corrupt(metadata)
+        kind, own, rows = metadata.get("kind"), metadata.get("key"), {len(array) for array in arrays.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-    if metadata.get("kind") != _KIND or metadata.get("key") != key:
+    if kind != _KIND or own != key:
         raise LimnerError(f"{path.parent}: holds latents of another autoencoder or of other pictures; "
                           "name another folder, or remove it")  # fmt: skip
-    return all(len(array) == len(span) for array in arrays.values())
+    return rows == {len(span)}
+
+
+def _corrupt(metadata: dict[str, str]) -> dict[int, str]:
+    """The rows of a stream that a shard holds nothing of, and why."""
+    return {int(row): str(what) for row, what in json.loads(metadata.get("corrupt", "{}")).items()}
 
 
 def _arrays(path: Path) -> tuple[dict[str, str], Arrays]:
     """Metadata and memory-mapped arrays of a safetensors file: 8 bytes of length, a JSON header, the data.
 
-    Raises ValueError or KeyError for a file cut short.
+    Raises ValueError, KeyError, TypeError, AttributeError or RecursionError for a damaged file.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:  # or a damaged length would take all memory
+            raise ValueError("cut short")
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
     data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length))

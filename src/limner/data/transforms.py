@@ -202,10 +202,13 @@ def _eight_bit(image: Image.Image) -> Image.Image:
             raise PictureError("holds floating-point values beyond 0..1; save it with 8 or 16 bits")
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise PictureError("holds values beyond 16 bits; save it with 8 or 16 bits")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        levels = values.astype(np.uint16)
+        levels //= 257
+        levels += values - levels * 257 >= 129
+        return Image.fromarray(levels.astype(np.uint8))
     return image
 
 

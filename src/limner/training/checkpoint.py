@@ -187,11 +187,13 @@ class Checkpoints:
         found = self._found()
         return found[-1][1] if found else None
 
-    def begin(self, config: RunConfig) -> None:
-        """Make the run's directory and write its recipe. Raises LimnerError where that can't be done."""
+    def begin(self, config: RunConfig, also: Callable[[], None] = lambda: None) -> None:
+        """Make the run's directory and write its recipe, and `also` what else. Raises LimnerError where that can't be
+        done."""
         try:
             self.run.mkdir(parents=True, exist_ok=True)
             _replace(self.run / "config.yaml", lambda path: configuration.dump(config, path))
+            also()
         except OSError as error:
             raise self._failure(self.run, error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +26,14 @@ _BUCKET_BYTES = 64 * 2**20
 Result = TypeVar("Result")
 
 
-def tune(device: torch.device) -> None:
-    """Settings of the whole process: fast on a GPU, the same from run to run on a CPU."""
+def tune(device: torch.device, deterministic: bool = False) -> None:
+    """Settings of the whole process: fast on a GPU, the same from run to run on a CPU, and with `deterministic` on a
+    GPU too; PyTorch warns of an operation that can't be, by its name."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may add up in any order
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not deterministic
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
         # Until it is set, MKL chooses a number of threads for each product, and with it the order of its sums.

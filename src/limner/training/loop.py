@@ -25,7 +25,7 @@ from limner import config as configuration
 from limner.config import RunConfig
 from limner.errors import LimnerError
 from limner.hardware import autocast
-from limner.training import lora, preview
+from limner.training import environment, lora, preview
 from limner.training.background import Background, copied
 from limner.training.checkpoint import Checkpoint, Checkpoints, load_weights, same_run
 from limner.training.clock import Clock, learning_rate
@@ -46,6 +46,7 @@ from limner.training.progress import Display, MetricsFile, duration
 from limner.training.sharded import flat, gathered, read_into, staged
 from limner.training.share import Share
 from limner.training.signals import StopRequest
+from limner.training.spikes import Spikes
 from limner.training.startup import accelerator_for, claim, sharding_for
 from limner.training.stream import order_of
 from limner.training.task import Means, Task, to_device
@@ -123,7 +124,7 @@ class Training:
         self.place: Any = None
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.share = Share(accelerator.process_index, accelerator.num_processes, self.add_up)
-        tune(self.device)
+        tune(self.device, self.settings.deterministic)
         self.sharding = sharding_for(config, accelerator)
         self.ema = self.place_networks()
         self.optimizers = {
@@ -139,6 +140,7 @@ class Training:
         self.means = Means()
         self.skipped = torch.zeros((), device=self.device)
         self.bad_in_a_row = torch.zeros((), device=self.device)
+        self.spikes = Spikes(self.device)
         self.steps = self.sitting_steps = self.logged_images = 0
         self.elapsed_s = clock.elapsed_s
         self.logged_at = self.sitting_began = self.elapsed_s
@@ -178,6 +180,7 @@ class Training:
         bad = torch.zeros((), dtype=torch.bool, device=self.device)
         for name, objective in objectives.items():
             bad |= self.update(name, objective)
+        self.spikes.see(objectives["model"])
         self.skipped += bad
         self.bad_in_a_row = torch.where(bad, self.bad_in_a_row + 1, 0)
         self.steps += 1
@@ -313,6 +316,7 @@ class Training:
         rate = (images - self.logged_images) / max(seconds - self.logged_at, 1e-9)
         line: dict[str, Any] = {"images": images, "seconds": round(seconds, 2), **self.means.read()}
         line |= {"lr": self.lr_share * self.settings.lr, "images_per_s": round(rate, 2), "skipped": int(self.skipped)}
+        line |= {"spikes": self.spikes.count}
         line |= {} if self.order.corrupt is None else {"corrupt": self.order.corrupt}
         line |= self.judged
         if self.main:
@@ -364,6 +368,7 @@ class Training:
             "data": self.data.digest,
             "place": self.place,
             "skipped": int(self.skipped),
+            "spikes": self.spikes.state.tolist(),
             "held_out": figure if at == self.clock.images else None,
             "best": self.best,
             "rounds_since_best": self.rounds_since_best,
@@ -416,7 +421,8 @@ class Training:
             self.restore()
         wait_for_processes(self.accelerator)
         if self.main:
-            self.checkpoints.begin(self.config)
+            about = partial(environment.record, self.out, self.clock.images, self.device, self.share.processes)
+            self.checkpoints.begin(self.config, about)
             self.metrics.rewind(self.clock.images)
 
     def restore(self) -> None:
@@ -447,6 +453,7 @@ class Training:
         self.clock.spent_s = state["seconds"]
         self.order.restore(found.images, state.get("place"))
         self.skipped.fill_(state["skipped"])
+        self.spikes.state = torch.tensor(state.get("spikes", [0.0] * 3), device=self.device)
         self.held_out = (found.images, state["held_out"]) if state["held_out"] is not None else (-1, None)
         self.best, self.rounds_since_best = state["best"], state["rounds_since_best"]
         self.elapsed_s = self.logged_at = self.sitting_began = self.clock.elapsed_s
@@ -478,9 +485,7 @@ class Training:
         elif self.takes_part and self.clock.images:
             self.publish()
         self.writer.wait()
-        for (
-            tracker
-        ) in self.accelerator.trackers:  # `end_training` would also take the process group from who comes next
+        for tracker in self.accelerator.trackers:  # `end_training` would also take away the process group
             tracker.finish()
         wait_for_processes(self.accelerator)
         self.compiled.undo()
