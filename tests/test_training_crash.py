@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import random
@@ -35,33 +36,31 @@ def final(run_directory: Path, images: int) -> dict[str, dict[str, torch.Tensor]
 
 @pytest.mark.parametrize(("optimizer", "most"), [("adamw", 20), ("muon", 4)])
 def test_killed_again_and_again_ends_as_if_undisturbed(tmp_path: Path, optimizer: str, most: int) -> None:
-    """SIGKILL at random moments, checkpoint writing included (a checkpoint every other step). Nothing partial or
-    damaged is ever read."""
-    config = recipe(optimizer=optimizer, images=24 * most, checkpoint_every=16)
-    steps = config.training.images // 8
-    began = time.monotonic()
-    assert exit_code(in_a_child(lambda: run(tmp_path / "whole", config))) == 0
-    step_s = (time.monotonic() - began) / steps
-    chance = random.Random(optimizer)
-    kills, newest, advances = 0, "", 0
-    startup = 0.0
-    while kills < most:
-        began = time.monotonic()
-        child = in_a_child(lambda: sitting_that_reads_whole_files(tmp_path / "killed", config))
-        if kills == 0:
-            while not list((tmp_path / "killed" / "checkpoints").glob("images-*")):
-                time.sleep(0.001)
-            startup = time.monotonic() - began
+    """SIGKILL at random moments, checkpoint writing included (a checkpoint every other step), one in five of them
+    before the first step. Nothing partial or damaged is ever read. A sitting is killed within its first steps, counted
+    by the marks that it leaves, so that a busy machine changes nothing."""
+    config = recipe(optimizer=optimizer, images=64 * most, checkpoint_every=16)
+    whole = in_a_child(lambda: run(tmp_path / "whole", config, change=marked(tmp_path / "whole-")))
+    startup = waited_for(tmp_path / "whole-0")
+    assert exit_code(whole, 600) == 0
+    chance = random.Random(f"{optimizer} 5")  # with kills in the fifth step or later, when one checkpoint is there
+    newest, advances = "", 0
+    for kill in range(most):
+        mark = tmp_path / f"sitting-{kill}-"
+        child = in_a_child(lambda mark=mark: sitting_that_reads_whole_files(tmp_path / "killed", config, marked(mark)))
+        if chance.random() < 0.2:
+            time.sleep(chance.uniform(0, startup))
         else:
-            time.sleep(chance.uniform(0.3 * startup, startup + 3 * step_s))
+            waited_for(Path(f"{mark}{chance.randrange(8)}"))
+            time.sleep(chance.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         assert exit_code(child) == -signal.SIGKILL, "a sitting ended by itself"
-        kills += 1
-        reached = max(path.name for path in (tmp_path / "killed" / "checkpoints").glob("images-*"))
+        reached = max((path.name for path in (tmp_path / "killed" / "checkpoints").glob("images-*")), default="")
         advances += reached > newest
         newest = max(newest, reached)
     assert advances > 1, "it was always killed before it had done anything"
-    assert exit_code(in_a_child(lambda: sitting_that_reads_whole_files(tmp_path / "killed", config))) == 0
+    last = in_a_child(lambda: sitting_that_reads_whole_files(tmp_path / "killed", config))
+    assert exit_code(last, 600) == 0
     same_weights(tmp_path, config.training.images)
     told = [[json.loads(line)["images"] for line in (tmp_path / name / "metrics.jsonl").open()]
             for name in ("whole", "killed")]  # fmt: skip
@@ -69,7 +68,31 @@ def test_killed_again_and_again_ends_as_if_undisturbed(tmp_path: Path, optimizer
     assert not list((tmp_path / "killed").rglob(".partial-*"))
 
 
-def sitting_that_reads_whole_files(out: Path, config: RunConfig) -> None:
+def marked(mark: Path) -> Callable[[Task], None]:
+    """Makes a task leave a file when each of its steps begins: `mark` with the step's number."""
+
+    def change(task: Task) -> None:
+        original, numbers = task.losses, itertools.count()
+
+        def losses(*arguments: Any) -> Losses:
+            Path(f"{mark}{next(numbers)}").touch()
+            return original(*arguments)
+
+        task.losses = losses
+
+    return change
+
+
+def waited_for(mark: Path) -> float:
+    """Wait until a file is there: how long, in seconds."""
+    began = time.monotonic()
+    while not mark.exists():
+        assert time.monotonic() < began + 120
+        time.sleep(0.001)
+    return time.monotonic() - began
+
+
+def sitting_that_reads_whole_files(out: Path, config: RunConfig, change: Callable[[Task], None] | None = None) -> None:
     """Train on, and fail where a file is read that isn't of a whole checkpoint."""
     original = checkpoint.load_file
 
@@ -79,7 +102,7 @@ def sitting_that_reads_whole_files(out: Path, config: RunConfig) -> None:
         return original(file)
 
     checkpoint.load_file = load
-    run(out, config, resume=True)
+    run(out, config, resume=True, change=change)
 
 
 def same_weights(directory: Path, images: int) -> None:
