@@ -12,7 +12,7 @@ from limner.config import DataConfig
 from limner.data.check import check
 from limner.data.dataset import prepare
 from limner.errors import LimnerError
-from limner.evaluation.fidelity import consistency, fidelity, filled_boxes, judge, kept, mean_iou
+from limner.evaluation.fidelity import consistency, fidelity, filled_boxes, judge, kept, mean_iou, nearness
 from limner.nn.spatial import with_hole
 from pictures import encode, metadata_folder, pixels, write
 from tiny_conditions import map_folder
@@ -55,6 +55,9 @@ def test_consistency_and_known_pixels() -> None:
     small = torch.nn.functional.interpolate(image, (4, 4), mode="bicubic", antialias=True).clamp(-1, 1)
     assert consistency(picture, small) > 60
     assert consistency(255 - picture, small) < 20
+    itself, other = nearness(picture, small, picture), nearness(255 - picture, small, picture)
+    assert itself["perceptual"] == pytest.approx(0, abs=1e-5)
+    assert other["perceptual"] > other["perceptual_bicubic"] == itself["perceptual_bicubic"] > 0.01
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
     holes, changed = with_hole(image, mask), picture.copy()

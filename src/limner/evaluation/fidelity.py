@@ -19,7 +19,7 @@ from limner.data.dataset import Dataset, Rows
 from limner.data.overlays import VOID, SemanticMaps
 from limner.errors import LimnerError
 from limner.generator import Generator, to_uint8
-from limner.nn.perceptual import Lite0Features, psnr
+from limner.nn.perceptual import Lite0Features, perceptual_distance, psnr
 
 STEPS, BATCH, LR = 400, 8, 3e-3
 ROWS = 64
@@ -146,6 +146,17 @@ def consistency(drawn: Uint8, small: Tensor) -> float:
     return float(psnr(reduced, small[:, : large.shape[1]].to(large)).mean())
 
 
+@torch.no_grad()
+def nearness(drawn: Uint8, small: Tensor, real: Uint8) -> dict[str, float]:
+    """Perceptual distance to the real pictures (EfficientNet-Lite0's features), averaged: `perceptual`, of what was
+    drawn, and `perceptual_bicubic`, of the small pictures (N, C, h, w) enlarged by bicubic interpolation."""
+    distance, there = perceptual_distance("efficientnet-lite0"), as_floats(real)
+    plain = F.interpolate(small[:, : there.shape[1]].to(there), there.shape[2:], mode="bicubic").clamp(-1, 1)
+    made = {"perceptual": as_floats(drawn), "perceptual_bicubic": plain}
+    pairs = {name: zip(found.split(BATCH), there.split(BATCH), strict=True) for name, found in made.items()}
+    return {name: float(torch.cat([distance(x, y) for x, y in each]).mean()) for name, each in pairs.items()}
+
+
 def kept(drawn: Uint8, holes: Tensor) -> float:
     """The share of known pixels, of pictures with a hole (N, C + 1, H, W), that drawn pictures show to the bit."""
     known = holes[:, -1] == 0
@@ -159,7 +170,8 @@ def fidelity(drawn: Uint8, asked: Mapping[str, Any], data: Dataset, real: Uint8 
 
     real: real pictures of the same conditions, to say what the judge can see at all. data: teaches the judges that
     aren't given. Returns, as far as the conditions go, `map_miou`, `boxes_miou`, each with `_real` and `_share` where
-    there are real pictures, `downsampled_psnr` in dB, `known_pixels` (1 is exact). Labels: see `probe.py`.
+    there are real pictures, `downsampled_psnr` in dB and what `nearness` tells, `known_pixels` (1 is exact). For labels
+    see `probe.py`.
     """
     found: dict[str, float] = {}
     for kind, name in (("semantic_map", "map_miou"), ("boxes", "boxes_miou")):
@@ -172,6 +184,7 @@ def fidelity(drawn: Uint8, asked: Mapping[str, Any], data: Dataset, real: Uint8 
                 found[f"{name}_share"] = found[name] / max(found[f"{name}_real"], 1e-9)
     if "image" in asked:
         found["downsampled_psnr"] = consistency(drawn, asked["image"])
+        found |= {} if real is None else nearness(drawn, asked["image"], real)
     if "mask" in asked:
         found["known_pixels"] = kept(drawn, asked["mask"])
     return found
