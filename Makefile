@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/limner sample $(DEMO_MODEL) $(DEMO_CAPTIONS) --num 16 --out $(DEMO)/asked.png --overwrite
 	@echo "A grid of what was asked for: $(CURDIR)/$(DEMO)/asked.png"
 	$(BIN)/limner sample $(DEMO_MODEL) --text "red heart" --num 1 --out $(DEMO)/whole/ --overwrite
-	$(BIN)/limner sample $(DEMO_MODEL) --text "green heart" --num 4 --image $(DEMO)/whole/000000.png \
+	$(BIN)/limner sample emoji-inpaint --text "green heart" --num 4 --image $(DEMO)/whole/000000.png \
 	  --mask examples/mask.png --out $(DEMO)/painted.png --overwrite
 	@echo "Its lower half painted anew, four times: $(CURDIR)/$(DEMO)/painted.png"
 	for s in 1 3 6; do \
