@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from limner import build
 from limner.cli.program import run
-from limner.config import DataConfig, ImageCondition, MaskCondition
+from limner.config import DataConfig, ImageCondition, MaskCondition, RunConfig
 from limner.core.noise import initial_noise, slerp
 from limner.data.dataset import prepare
 from limner.data.masks import LEAST, MOST, made
@@ -79,6 +80,22 @@ def test_a_consistent_picture_agrees_with_the_small_one(enlarger: Generator) -> 
     drawn = [enlarger.sample(image=given, consistent=on, output="array", steps=20) for on in (False, True)]
     plain, agreeing = (consistency(pictures, wanted) for pictures in drawn)
     assert agreeing > max(30, plain + 5)
+
+
+def test_a_picture_of_latents_is_made_consistent_at_the_end() -> None:
+    shrinker = {"kind": "autoencoder", "levels": [{"channels": 8}, {"channels": 8}], "middle": "none",
+                "latent_channels": 4, "norm_groups": 4}  # fmt: skip
+    config = RunConfig.model_validate({
+        "data": {"size": 16}, "space": {"kind": "latent", "autoencoder": shrinker},
+        "model": {"kind": "unet", "levels": [{"channels": 16}], "middle": "none"},
+        "conditions": [{"kind": "image", "size": [4, 4]}],
+    })  # fmt: skip
+    torch.manual_seed(0)
+    gen = Generator(config, build.model(config), device=torch.device("cpu"))
+    given = np.random.default_rng(0).integers(60, 200, (3, 4, 4, 3), dtype=np.uint8)
+    wanted = torch.from_numpy(given).permute(0, 3, 1, 2).float() / 127.5 - 1
+    plain, agreeing = (gen.sample(image=given, consistent=on, output="array", steps=2) for on in (False, True))
+    assert consistency(plain, wanted) < 25 < 40 < consistency(agreeing, wanted)
 
 
 def test_consistency_is_refused_elsewhere(plain: Generator) -> None:

@@ -32,6 +32,8 @@ from limner.settings import Settings
 OUTPUTS = ("pil", "array", "tensor", "latent")
 Output = Literal["pil", "array", "tensor", "latent"]
 BATCH = 64
+PROJECTIONS = 8
+"""Times that a picture is made to agree with the small one that it enlarges: clamping undoes a part of each."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Drawn:
 
     numbers: of the pictures, which with the seed decide their noise. latent: (B, c, h, w), as the sampler left it.
     facts: what each picture was asked to show, by modality, and `label_name`. skipped: guidance gradients that were
-    not finite. hole: (B, C + 1, H, W), pictures of which all but the hole is kept.
+    not finite. hole: (B, C + 1, H, W), pictures of which all but the hole is kept. small: (B, C, h, w), what the
+    pictures are to be when they are reduced.
     """
 
     numbers: range
@@ -48,6 +51,7 @@ class Drawn:
     facts: list[dict[str, Any]]
     skipped: int = 0
     hole: Tensor | None = None
+    small: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,8 @@ class Generator(Loaded):
             latent, skipped = self._draw(order, rows, numbers, cond, on_step)
             towards = None if order.guide is None or "label" in cond else order.guide.named(rows)
             hole = None if order.asked.hole is None else order.asked.hole[rows]
-            yield Drawn(numbers, latent, self._facts(cond, len(numbers), towards), skipped, hole)
+            small = self._small(cond) if order.settings.consistent else None
+            yield Drawn(numbers, latent, self._facts(cond, len(numbers), towards), skipped, hole, small)
 
     @torch.no_grad()
     def _draw(self, order: Order, rows: slice, numbers: range, cond: Mapping[str, Any],
@@ -281,8 +286,8 @@ class Generator(Loaded):
                                                every=settings.guidance_every)  # fmt: skip
         if denoise is not plain and self.guidance_range is None:
             denoise = guidance.rescaled(guidance.interval(denoise, plain, *settings.interval), settings.rescale)
-        if settings.consistent:
-            small = cond["image"][:, : self.config.data.channels].to(self.device).float()
+        if settings.consistent and self.config.space.kind == "pixels":
+            small = self._small(cond).to(self.device)
             reduce, enlarge = (partial(resampled, size=(s[0], s[1])) for s in (small.shape[2:], size))
             denoise = guidance.consistent(denoise, small, reduce, enlarge)
         return guidance.clipped(denoise) if settings.clip and self.config.space.kind == "pixels" else denoise
@@ -334,8 +339,8 @@ class Generator(Loaded):
         if guided and not any(getattr(s, "null", True) for s in self.config.conditions):
             raise LimnerError(f"guidance {settings.guidance:g}: this model has no null condition, since it never "
                               "learned without one; leave it at 1, or give a classifier")  # fmt: skip
-        if settings.consistent and ("image" not in self.modalities or self.config.space.kind != "pixels"):
-            raise LimnerError("consistent: goes with a super-resolution model of pixels; this is none")
+        if settings.consistent and "image" not in self.modalities:
+            raise LimnerError("consistent: goes with a super-resolution model; this is none")
         for name in settings.scales or ():
             if name not in self.modalities:
                 raise LimnerError(
@@ -381,12 +386,21 @@ class Generator(Loaded):
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def finished(self, drawn: Drawn) -> Tensor:
-        """The pictures (B, C, H, W) in [-1, 1] of a batch; what a mask keeps is put back as it was."""
+        """The pictures (B, C, H, W) in [-1, 1] of a batch; what a mask keeps is put back as it was, and where it was
+        asked for they agree with the small pictures, by back-projection (Irani & Peleg 1991)."""
         x = self.decode(drawn.latent)
+        for _ in range(PROJECTIONS if drawn.small is not None else 0):
+            assert drawn.small is not None
+            rest = drawn.small.to(x) - resampled(x, (drawn.small.shape[2], drawn.small.shape[3]))
+            x = (x + resampled(rest, (x.shape[2], x.shape[3]))).clamp(-1, 1)
         if drawn.hole is None:
             return x
         known, hole = drawn.hole[:, :-1], drawn.hole[:, -1:]
         return torch.where(hole > 0, x, known.to(x))
+
+    def _small(self, cond: Mapping[str, Any]) -> Tensor:
+        """The small pictures (B, C, h, w) that a batch enlarges, without the level of their noise."""
+        return cond["image"][:, : self.config.data.channels].float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = BATCH) -> Tensor:

@@ -25,7 +25,7 @@ class Settings:
     isn't named has 1. composition: how scales add up: "chain", each condition given those before it, in the model's
     order (InstructPix2Pix), or "sum", each by itself (Liu et al. 2206.01714).
     guidance_every: the unconditional half is computed at every so many steps, see `core/guidance.py: classifier_free`.
-    consistent: super-resolution: x0 is made to agree with the small picture at each step.
+    consistent: super-resolution: what is drawn is made to agree with the small picture, in pixels at each step as well.
     interval: the range of t in which guidance of any kind acts.
     rescale: phi of Lin et al. 2305.08891. classifier_scale: 0 is off. clip: x0 kept in [-1, 1].
     eta: of ddim and dpmpp_2m_sde. variance: of ddpm, learned, small or large; None: the model's own.
