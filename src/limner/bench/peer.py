@@ -262,11 +262,19 @@ def _inputs(batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 def memory_growth(which: str, batch: int) -> int:
     """Bytes by which three training steps raise the peak of this process, which should be fresh."""
-    import resource
-
     made = pair(torch.device("cpu"))
     with steps(made, batch) as contenders:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _peak()
         for _ in range(3):
             contenders[which]()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        return _peak() - before
+
+
+def _peak() -> int:
+    """Bytes that this process has had at most. On Linux from /proc: `ru_maxrss` begins with what the parent had."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
+    import resource
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -67,7 +67,8 @@ def raw_recipe(initial: Initial) -> dict[str, Any]:
     if initial.config.distillation is not None:
         raise LimnerError(f"{initial.where}: was distilled, and would forget it; train its teacher on, and distil that")
     stored = initial.config.model_dump(mode="json")
-    data = {name: stored["data"][name] for name in ("size", "channels", "ground", "crop", "flip")}
+    # held_out as well: on the same pictures, what was held out stays so
+    data = {name: stored["data"][name] for name in ("size", "channels", "ground", "crop", "flip", "held_out")}
     conditions = [{k: v for k, v in section.items() if k not in ("classes", "void")} for section in
                   stored["conditions"]]  # fmt: skip
     return {**stored, "data": data, "classes": None, "conditions": conditions, "training": {"lr": LEARNING_RATE}}
