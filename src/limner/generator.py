@@ -387,12 +387,10 @@ class Generator(Loaded):
 
     def finished(self, drawn: Drawn) -> Tensor:
         """The pictures (B, C, H, W) in [-1, 1] of a batch; what a mask keeps is put back as it was, and where it was
-        asked for they agree with the small pictures, by back-projection (Irani & Peleg 1991)."""
+        asked for they agree with the small pictures."""
         x = self.decode(drawn.latent)
-        for _ in range(PROJECTIONS if drawn.small is not None else 0):
-            assert drawn.small is not None
-            rest = drawn.small.to(x) - resampled(x, (drawn.small.shape[2], drawn.small.shape[3]))
-            x = (x + resampled(rest, (x.shape[2], x.shape[3]))).clamp(-1, 1)
+        if drawn.small is not None:
+            x = agreeing(x, drawn.small.to(x))
         if drawn.hole is None:
             return x
         known, hole = drawn.hole[:, :-1], drawn.hole[:, -1:]
@@ -445,6 +443,15 @@ def _length(tau: Embedded) -> int:
 def resampled(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Pictures (N, C, H, W) at another size: bicubic, antialiased where they shrink."""
     return F.interpolate(x, size, mode="bicubic", antialias=True)
+
+
+def agreeing(x: Tensor, small: Tensor) -> Tensor:
+    """Pictures (N, C, H, W) in [-1, 1] made to agree with small ones (N, C, h, w), by back-projection (Irani & Peleg
+    1991); the rule of `core.guidance.consistent`, applied to what is finished."""
+    for _ in range(PROJECTIONS):
+        rest = small - resampled(x, (small.shape[2], small.shape[3]))
+        x = (x + resampled(rest, (x.shape[2], x.shape[3]))).clamp(-1, 1)
+    return x
 
 
 def encode(autoencoder: Any, images: Tensor, config: RunConfig, device: torch.device, batch: int) -> Tensor:
