@@ -10,7 +10,7 @@ DEMO := demo
 # What the demo draws with, and for how long it trains; with the installation it ends within ten minutes on two cores.
 DEMO_MODEL ?= emoji
 DEMO_BUDGET ?= 2m
-DEMO_CAPTIONS := --text "red heart" --text "green apple" --text "cat face" --text "soccer ball" \
+DEMO_CAPTIONS := --text "red heart" --text "green apple" --text "cat face" --text "rocket" \
   --text "grinning face with sunglasses" --text "woman shrugging dark skin tone" --text "blue book" --text "full moon"
 
 .PHONY: setup demo test audit fuzz lint docs pictures tour format bench clean

@@ -34,7 +34,7 @@ CAPTIONS = [
     "red heart",
     "green apple",
     "cat face",
-    "soccer ball",
+    "guitar",
     "rocket",
     "blue circle",
     "grinning face",
