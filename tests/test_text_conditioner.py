@@ -204,7 +204,9 @@ def test_a_caption_alone_leaves_the_label_open() -> None:
     gen = Generator(*of_captions_and_labels(), device=torch.device("cpu"))
     options: dict[str, Any] = {"seed": 3, "steps": 2, "guidance": 2.0, "output": "tensor"}
     alone = gen.sample(text=["red cat"] * 2, **options)
-    null = gen.sample(conditions={"text": ["red cat"] * 2, "label": torch.tensor([-1, -1])}, **options)
+    opened = {"text": ["red cat"] * 2, "label": torch.tensor([-1, -1])}
+    null = gen.sample(conditions=opened, **options)
+    assert [fact for made in gen.stream(conditions=opened, steps=1) for fact in made.facts] == [{"text": "red cat"}] * 2
     told = gen.sample(text=["red cat"] * 2, label=[0, 1], **options)
     torch.testing.assert_close(alone, null)
     assert not torch.allclose(alone, told)

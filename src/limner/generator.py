@@ -373,9 +373,8 @@ class Generator(Loaded):
         facts: list[dict[str, Any]] = towards or [{} for _ in range(count)]
         names = next((s.names for s in self.config.conditions if isinstance(s, BoxesCondition)), ())
         for row, fact in enumerate(facts):
-            if "label" in cond:
-                fact["label"] = int(cond["label"][row])
-                fact["label_name"] = self.classes[fact["label"]]
+            if "label" in cond and (label := int(cond["label"][row])) >= 0:  # below 0: left open
+                fact["label"], fact["label_name"] = label, self.classes[label]
             if "text" in cond:
                 fact["text"] = cond["text"][row]
             if "boxes" in cond and cond["boxes"].ndim == 3:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -35,6 +37,17 @@ def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractC
     if not uses_bf16(precision, device):
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
+
+
+@lru_cache
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 @lru_cache

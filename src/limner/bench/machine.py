@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from limner.bench.rounds import Contender
+from limner.hardware import processor
 
 SIDE = 2048
 COPIED = 1 << 28
@@ -39,14 +39,6 @@ def _copy(device: torch.device) -> Contender:
 
 def description(device: torch.device) -> dict[str, Any]:
     """What the figures belong to."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "system": platform.system()}  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

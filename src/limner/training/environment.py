@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from limner.hardware import processor
+
 FILE = "environment.jsonl"
 PACKAGES = ("limner", "torch", "numpy", "accelerate", "datasets", "pillow", "pyarrow", "safetensors", "scipy")
 
@@ -25,7 +27,7 @@ def record(run: Path, images: int, device: torch.device, processes: int) -> None
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Versions of Python and of packages, Limner's commit (None outside a checkout), and hardware."""
-    hardware: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "cpu": _cpu(),
+    hardware: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "cpu": processor(),
                                 "threads": torch.get_num_threads(), "device": device.type}  # fmt: skip
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
@@ -49,14 +51,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None if tracked.returncode == 0 else None
-
-
-@lru_cache
-def _cpu() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor())
