@@ -96,16 +96,30 @@ def test_parts_that_were_drawn_are_not_drawn_again(
 
 def test_the_command_passes_everything_on(shop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "s")
-    asked = ["experiment", "sampling", str(shop.run), "--smoke", "--features", "tiny", "--samplers", "ddim", "--json"]
+    asked = [
+        "experiment",
+        "sampling",
+        str(shop.run),
+        "--smoke",
+        "--features",
+        "tiny",
+        "--samplers",
+        "ddim",
+        "--spacing",
+        "trailing",
+        "--json",
+    ]
     assert run([*asked, "--out", out]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["num"], facts["samplers"], [row["steps"] for row in facts["rows"]]) == (8, ["ddim"], [2, 4])
+    assert [cell["settings"]["spacing"] for cell in facts["cells"]] == ["trailing"] * 2
 
 
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
         (["sampling", "RUN", "--samplers", "dim"], "sampler 'dim': there is none such; did you mean 'ddim'"),
+        (["sampling", "RUN", "--spacing", "trail"], "unknown spacing 'trail'; did you mean 'trailing'"),
         (["sampling", "RUN", "RUN"], "a run is named twice"),
         (["sampling", "DATA"], "neither a run"),
         (["sampling", "RUN", "--features", "lite"], "features 'lite'"),

@@ -51,6 +51,9 @@ def sampling(
         str | None, typer.Option(metavar="N[,N...]", help="Default: ddim 10,20,50,100,200; the others 10,20,50.")
     ] = None,
     guidance: Annotated[float | None, typer.Option(metavar="S", help="Default: each run's own.")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which noise levels the steps visit. Default: each run's own.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures at a time. Default: 64.")] = None,
     features: Features = "efficientnet-lite0",
     processes: Processes = 1,
@@ -73,6 +76,7 @@ def sampling(
         "steps": None if steps is None else _numbers("--steps", steps),
         "batch": batch,
         "guidance": guidance,
+        "spacing": spacing,
     }
     options = {**(SMOKE_SAMPLING if smoke else {}), **_chosen(given), "features": features, "seed": seed}
     facts = experiment.run(runs, reference, out, processes=processes, **options)

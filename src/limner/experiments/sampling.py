@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from limner import api
+from limner.core.path import check as check_spacing
 from limner.core.samplers import SAMPLERS
 from limner.errors import LimnerError, suggest
 from limner.evaluation import features as networks
@@ -39,7 +40,8 @@ SHOWN = 8
 @dataclass(frozen=True)
 class Sampling(Experiment):
     """runs: their directories. reference: real pictures; None: what each run was trained on. samplers, steps: every
-    pair of them; steps None: the paper's for DDIM and `FEWER` for the others. guidance: None, each run's own."""
+    pair of them; steps None: the paper's for DDIM and `FEWER` for the others. guidance, spacing: None, the run's own.
+    """
 
     runs: tuple[str, ...]
     reference: str | None
@@ -47,6 +49,7 @@ class Sampling(Experiment):
     samplers: tuple[str, ...] = tuple(SAMPLERS)
     steps: tuple[int, ...] | None = None
     guidance: float | None = None
+    spacing: str | None = None
     batch: int = 64
     seed: int = 0
     features: str = "efficientnet-lite0"
@@ -63,6 +66,8 @@ class Sampling(Experiment):
         for sampler in self.samplers:
             if sampler not in SAMPLERS:
                 raise LimnerError(f"sampler '{sampler}': there is none such{suggest(sampler, SAMPLERS)}")
+        if self.spacing is not None:
+            check_spacing(self.spacing, 1, None)
         if self.num < 2:
             raise LimnerError(f"num: {self.num}, should be 2 or more")
         names = _names(self.runs)
@@ -77,8 +82,8 @@ class Sampling(Experiment):
     def work(self, cell: Cell, directory: Path, console: Console) -> dict[str, Any]:
         run, sampler, steps = self._asked(cell)
         generator = _generator(run)
-        drawing = {"sampler": sampler, "steps": steps, "guidance": self.guidance, "batch": self.batch,
-                   "seed": self.seed}  # fmt: skip
+        drawing = {"sampler": sampler, "steps": steps, "guidance": self.guidance, "spacing": self.spacing,
+                   "batch": self.batch, "seed": self.seed}  # fmt: skip
         against = runs.referred(generator, self.reference)
         data = runs.conditions_for(generator, against, drawing)
         seconds = 0.0
