@@ -36,6 +36,7 @@ from limner.nn.text import (
     Vocabulary,
 )
 from limner.nn.unet import Level, UNet
+from limner.nn.words import WordTokenizer, WordVectors
 
 SCHEDULES = {
     "linear": schedules.LinearSchedule,
@@ -216,12 +217,17 @@ def _classes(names: Sequence[str] | None, whose: str) -> Sequence[str]:
 
 
 def text_conditioner(section: c.TextCondition, emb_channels: int) -> TextConditioner:
-    """tau for captions; a vocabulary is empty until `learn` or a run's weights fill it."""
+    """tau for captions; a BPE vocabulary is empty until `learn` or a run's weights fill it."""
     encoder = section.encoder
     assert not isinstance(encoder, c.GivenText)
     if isinstance(encoder, c.PretrainedText):
         parts: tuple[nn.Module, nn.Module] = (PretrainedTokenizer(encoder.name, encoder.length),
                                               PretrainedEncoder(encoder.name, encoder.length))  # fmt: skip
+    elif isinstance(encoder, c.WordsText):
+        options = encoder.model_dump(include={"width", "depth", "length", "head_dim"})
+        parts = (WordTokenizer(encoder.length),
+                 TextTransformer(WordVectors(encoder.width, encoder.noise),
+                                 heads=max(1, encoder.width // encoder.head_dim), **options))  # fmt: skip
     else:
         options = encoder.model_dump(exclude={"kind", "heads", "frozen"})
         heads = encoder.heads or max(1, encoder.width // encoder.head_dim)

@@ -16,6 +16,7 @@ from limner.config.conditions import (
     SemanticMapCondition,
     TextCondition,
     VariationCondition,
+    WordsText,
 )
 from limner.config.distillation import DistillationConfig
 from limner.config.files import dump, load, override, parse, read_yaml
@@ -91,6 +92,7 @@ __all__ = [
     "VQConfig",
     "VariationCondition",
     "WeightingConfig",
+    "WordsText",
     "dump",
     "load",
     "override",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from limner.config.base import Fraction, Section
 
@@ -48,6 +48,18 @@ class PretrainedText(Section):
     length: PositiveInt = 64
 
 
+class WordsText(Section):
+    """A transformer trained from nothing on frozen vectors of 27,000 English words, which come with Limner: a word
+    that no caption has is near one that some has."""
+
+    kind: Literal["words"] = "words"
+    width: PositiveInt = 128
+    depth: PositiveInt = 2
+    head_dim: PositiveInt = 64
+    length: PositiveInt = Field(default=32, description="tokens a caption, its marks included; longer ones are cut")
+    noise: NonNegativeFloat = Field(default=0.7, description="added to the vectors in training, for new words' sake")
+
+
 class GivenText(Section):
     """No encoder: captions are given as its output, since the U-Net was imported without it."""
 
@@ -61,7 +73,7 @@ class TextCondition(Section):
     key: ClassVar[str] = "text"
     kind: Literal["text"] = "text"
     dropout: Fraction = 0.1
-    encoder: Annotated[BPEText | PretrainedText | GivenText, Field(discriminator="kind")] = BPEText()
+    encoder: Annotated[BPEText | WordsText | PretrainedText | GivenText, Field(discriminator="kind")] = BPEText()
     pooled: bool = Field(default=True, description="a pooled vector into AdaGN besides the tokens")
     null: Literal["learned", "empty"] = Field(
         default="learned", description="empty: an absent caption is the empty one"

@@ -113,7 +113,7 @@ _BRIEF.maxstring = _BRIEF.maxother = 200
 
 _UNION_TAGS = frozenset(
     "linear scaled_linear discrete_cosine table cosine rectified_flow unet classifier autoencoder kl vq "
-    "label text image bpe pretrained pixels latent".split()
+    "label text image bpe words pretrained pixels latent".split()
 )
 
 

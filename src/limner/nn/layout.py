@@ -115,7 +115,7 @@ class TokenBoxesConditioner(nn.Module):
             raise LimnerError(f"boxes: tokens should be 0 to {self.none}")
         if drop is not None:
             ids = torch.where(drop.to(ids.device)[:, None], self.tokens(nothing).to(ids.device), ids)
-        ids = ids.to(self.encoder.embedding.weight.device)
+        ids = ids.to(self.encoder.position.device)
         tokens, vector = self.encoder(ids, torch.ones_like(ids, dtype=torch.bool))
         return Embedded(None if self.pool is None else self.pool(vector), tokens)
 

@@ -78,7 +78,7 @@ class Vocabulary(nn.Module):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        made.train_from_iterator((_clean(text) for text in texts), trainer)
+        made.train_from_iterator((clean(text) for text in texts), trainer)
         marks = [(mark, made.token_to_id(mark)) for mark in SPECIAL[1:]]
         made.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=marks)  # pyright: ignore
         self.put(made.to_str())
@@ -93,7 +93,7 @@ class Vocabulary(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> Tokens:
         """Token ids of captions, any UTF-8. Raises LimnerError when there is no vocabulary yet."""
-        encoded = self._tokenizer().encode_batch([_clean(text) for text in texts])
+        encoded = self._tokenizer().encode_batch([clean(text) for text in texts])
         ids = torch.tensor([e.ids for e in encoded], dtype=torch.int64).view(len(texts), self.length)
         mask = torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool).view(len(texts), self.length)
         return Tokens(ids, mask, sum(bool(e.overflowing) for e in encoded))
@@ -164,17 +164,19 @@ class TextTransformer(nn.Module):
 
     With masked=False padding is attended to like any token, as in the published text-to-image model, which this
     expresses exactly. So it does CLIP's text encoder (Radford et al. 2021, section 2.4), with causal and bias.
+    vocabulary: number of tokens, each with a learned vector; or a module that makes vectors of ids.
     hidden: width between the feed-forward layers, 4 x width unless told. bias: of Q, K and V.
     """
 
-    def __init__(self, vocabulary: int, width: int, depth: int, length: int, *, heads: int, head_dim: int = 64,
-                 masked: bool = True, causal: bool = False, bias: bool = False, hidden: int | None = None,
-                 activation: Activation = "gelu") -> None:  # fmt: skip
+    def __init__(self, vocabulary: int | nn.Module, width: int, depth: int, length: int, *, heads: int,
+                 head_dim: int = 64, masked: bool = True, causal: bool = False, bias: bool = False,
+                 hidden: int | None = None, activation: Activation = "gelu") -> None:  # fmt: skip
         super().__init__()
         self.width, self.length, self.masked = width, length, masked
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = nn.Embedding(vocabulary, width) if isinstance(vocabulary, int) else vocabulary
         self.position = nn.Parameter(torch.empty(length, width))
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        if isinstance(self.embedding, nn.Embedding):
+            nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.02)
         shape = (width, heads, head_dim, hidden or 4 * width, activation)
         self.blocks = nn.ModuleList(TextBlock(*shape, bias=bias, causal=causal) for _ in range(depth))
@@ -257,7 +259,7 @@ class PretrainedTokenizer(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> Tokens:
         tokenizer = pretrained(self.name).tokenizer
-        cleaned = [_clean(text) for text in texts]
+        cleaned = [clean(text) for text in texts]
         made = tokenizer(cleaned, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
         cut = sum(len(ids) > self.length for ids in tokenizer(cleaned, verbose=False)["input_ids"])
         return Tokens(made["input_ids"], made["attention_mask"].bool(), cut)
@@ -405,6 +407,6 @@ def pooled(tokens: Tensor, mask: Tensor) -> Tensor:
     return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Lone surrogates, which no UTF-8 has, become question marks."""
     return text.encode("utf-8", "replace").decode()

@@ -22,6 +22,7 @@ from limner.evaluation.neighbours import squared_distances
 from limner.evaluation.real import RealPictures, open_real
 from limner.generator import Generator, to_uint8
 from limner.guide import NoisyClassifier
+from limner.nn import words
 from limner.nn.attention import CrossAttention
 from limner.nn.text import PretrainedTokenizer, pretrained
 from limner.outputs import Picture
@@ -138,10 +139,10 @@ def word_maps(generator: Generator, caption: str, watched: Watched) -> list[tupl
 def token_spans(tokenizer: Any, caption: str) -> list[tuple[int, int]]:
     """Where in the caption each token stands: (from, to) by characters, (0, 0) for marks and padding."""
     if isinstance(tokenizer, PretrainedTokenizer):
-        words = pretrained(tokenizer.name).tokenizer
-        return words(caption, return_offsets_mapping=True, truncation=True, max_length=tokenizer.length)[
-            "offset_mapping"
-        ]
+        own = pretrained(tokenizer.name).tokenizer
+        return own(caption, return_offsets_mapping=True, truncation=True, max_length=tokenizer.length)["offset_mapping"]
+    if isinstance(tokenizer, words.WordTokenizer):
+        return words.tokenizer(tokenizer.length).encode(caption).offsets
     return tokenizer._tokenizer().encode(caption).offsets
 
 

@@ -1,0 +1,96 @@
+"""Words that mean something before the first picture: captions of few pictures, in a vocabulary of many words.
+
+A text encoder that learns from a few thousand captions knows no word that isn't in them. Here every token begins as a
+vector of a large language model, so that an unknown "watermelon" lies beside a known "melon". The table is that of
+all-MiniLM-L6-v2's word pieces (Apache-2.0), reduced to 64 principal components in 8 bits; `scripts/words.py` makes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from limner.nn.text import Tokens, clean
+
+FILE = "words.safetensors"
+MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+"""Padding, an unknown word, and the marks before and after a caption."""
+
+
+@functools.cache
+def _stored() -> dict[str, Tensor]:
+    """vectors int8 (V, D), scale float (D,), words: deflated UTF-8, a token a line."""
+    return load(resources.files("limner.nn").joinpath(FILE).read_bytes())
+
+
+@functools.cache
+def words() -> tuple[str, ...]:
+    """The tokens, in the order of their ids; those that go on with a word begin with ##."""
+    return tuple(zlib.decompress(_stored()["words"].numpy().tobytes()).decode().split("\n"))
+
+
+@functools.cache
+def vectors(device: torch.device) -> Tensor:
+    """The table (V, D), of mean square 1."""
+    stored = _stored()
+    return (stored["vectors"].to(device).float() * stored["scale"].to(device)).contiguous()
+
+
+class WordTokenizer(nn.Module):
+    """WordPiece of the table's tokens: lower case, no accents; words of other scripts are [UNK]. It has no weights."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def learn(self, texts: Sequence[str]) -> None:
+        """Knows its words already."""
+
+    def forward(self, texts: Sequence[str]) -> Tokens:
+        encoded = tokenizer(self.length).encode_batch([clean(text) for text in texts])
+        ids = torch.tensor([e.ids for e in encoded], dtype=torch.int64).view(len(texts), self.length)
+        mask = torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool).view(len(texts), self.length)
+        return Tokens(ids, mask, sum(bool(e.overflowing) for e in encoded))
+
+
+@functools.cache
+def tokenizer(length: int) -> Any:
+    """A `tokenizers.Tokenizer` that cuts and pads to `length` tokens, the two marks included."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    ids = {word: place for place, word in enumerate(words())}
+    made = Tokenizer(models.WordPiece(ids, unk_token=MARKS[1]))  # pyright: ignore[reportCallIssue]
+    made.normalizer = normalizers.BertNormalizer()  # pyright: ignore[reportAttributeAccessIssue]
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    made.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="[CLS] $A [SEP]", special_tokens=[(mark, ids[mark]) for mark in MARKS[2:]]
+    )
+    made.enable_truncation(length)
+    made.enable_padding(length=length, pad_id=ids[MARKS[0]], pad_token=MARKS[0])
+    return made
+
+
+class WordVectors(nn.Module):
+    """Token ids (B, L) to (B, L, width): frozen vectors through a learned linear layer.
+
+    noise: standard deviation of what training adds to a vector, whose own mean square is 1. In 64 dimensions words stay
+    apart under it, and the network learns to draw for a new word what it draws for the nearest that it knows.
+    """
+
+    def __init__(self, width: int, noise: float) -> None:
+        super().__init__()
+        self.noise = noise
+        self.proj = nn.Linear(_stored()["vectors"].shape[1], width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = vectors(ids.device)[ids]
+        if self.training and self.noise:
+            found = found + self.noise * torch.randn_like(found)
+        return self.proj(found)
