@@ -83,6 +83,7 @@ def test_where_they_are_compared() -> None:
         (["compression", "DATA", "--factors", "x"], "--factors x: should be whole numbers"),
         (["compression", "EMPTY"], "EMPTY"),
         (["compression", "DATA", "--budget", "long"], "budget 'long'"),
+        (["compression", "DATA", "--first", "0"], "images '0': should be a number"),
         (["compression", "DATA", "--set", "trainin.lr=1"], "trainin"),
     ],
 )

@@ -92,6 +92,10 @@ def compression(
         str | None, typer.Option(metavar="TIME", help="Training of one factor, all stages. Default: 30m.")
     ] = None,
     images: Annotated[str | None, typer.Option(metavar="COUNT", help="Training images of one factor at most.")] = None,
+    first: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help="Images at the first measurement, the next at twice as many. Default: 4k."),
+    ] = None,
     num: Num = None,
     size: Annotated[int | None, typer.Option(min=8, help="Side of the pictures. Default: fits the data.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler. Default: 20.")] = None,
@@ -111,6 +115,7 @@ def compression(
     Examples:
       limner experiment compression photos --out compression --budget 30m
       limner experiment compression photos --out compression --factors 2,4 --size 128
+      limner experiment compression photos --out quick --budget 10m --first 1k --num 200
     """
     from limner import recipe
     from limner.experiments import compression as experiment
@@ -119,6 +124,7 @@ def compression(
         "factors": None if factors is None else _numbers("--factors", factors),
         "budget_s": None if budget is None else recipe.seconds(budget),
         "images": None if images is None else recipe.count(images),
+        "first": None if first is None else recipe.count(first),
         "num": num,
         "size": size,
         "steps": steps,

@@ -1,7 +1,7 @@
 """How far to compress: diffusion in the latents of autoencoders of several factors (Rombach et al. 2022, figure 6).
 
 Every factor has the same network, the same budget of seconds (its autoencoder's share included) and the same data. At
-1,000 x 2^k training images and at the end it is measured: that gives a comparison at equal steps and one at equal time.
+`first` x 2^k training images and at the end it is measured: that compares at equal steps and at equal time.
 
 compression.run("photos", "experiments/compression", budget_s=1800)
 """
