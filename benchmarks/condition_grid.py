@@ -39,7 +39,8 @@ def shown(kind: str, asked: Any, real: np.ndarray) -> np.ndarray:
         draw = ImageDraw.Draw(canvas)
         for number, x, y, w, h in asked.tolist():
             if number >= 0:
-                corners = (x * width, y * height, (x + w) * width - 1, (y + h) * height - 1)
+                left, top = x * width, y * height
+                corners = (left, top, max(left, left + w * width - 1), max(top, top + h * height - 1))
                 draw.rectangle(corners, outline=tuple(HUES[int(number)].tolist()), width=2)
         return np.asarray(canvas)
     picture = to_uint8(asked[None, : real.shape[2]])[0]

@@ -245,3 +245,26 @@ def test_training_on_keeps_the_tokens_whatever_the_names() -> None:
     found = take(model, recipes[1], Initial(recipes[0], before.state_dict(), "run"))
     assert "conditions.boxes" in found.kept
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in before.state_dict().items())
+
+
+def test_boxes_are_drawn_on_a_map_of_their_class() -> None:
+    drawn = {"classes": ("red", "blue"), "drawn": True}
+    raw = {"data": {"size": [4, 8]}, "model": {"kind": "unet", "levels": [{"channels": 8}], "norm_groups": 4},
+           "conditions": [BOXES | drawn]}  # fmt: skip
+    model = build.model(c.RunConfig.model_validate(raw))
+    tau = model.conditioner
+    assert tau is not None
+    assert tau.spatial_channels == 2
+    layout = torch.tensor([[0.0, 0.25, 0.5, 0.5, 0.5], [0, 0.5, 0, 0.0625, 0.125], [-1, 0, 0, 1, 1]])
+    maps = tau({"boxes": layout[None].expand(2, -1, -1)}, 2, drop={"boxes": torch.tensor([False, True])}).spatial
+    expected = torch.zeros(2, 2, 4, 8)
+    expected[0, 0, 2:, 2:6] = 1
+    expected[0, 0, 0, 4] = 0.25
+    torch.testing.assert_close(maps, expected)
+    larger = tau({"boxes": layout[None]}, 1, size=(8, 16)).spatial
+    assert larger.shape == (1, 2, 8, 16)
+    assert larger[0, 0].sum() == 4 * 8 + 2 * 0.25
+    assert model.raw(torch.zeros(1, 3, 4, 8), torch.zeros(1), tau({"boxes": layout[None]}, 1)).shape == (1, 3, 4, 8)
+    both = raw | {"conditions": [BOXES | drawn | {"tokens": {"vocabulary": 64}}]}
+    with pytest.raises(LimnerError, match="drawn and tokens"):
+        build.model(c.RunConfig.model_validate(both))

@@ -173,7 +173,7 @@ def modality(section: c.ConditionConfig, config: c.RunConfig, emb_channels: int)
         return text_conditioner(section, emb_channels) if given is None else GivenTokens(given.width)
     vector = emb_channels if getattr(section, "pooled", True) else None
     if isinstance(section, c.BoxesCondition):
-        return boxes_conditioner(section, vector)
+        return boxes_conditioner(section, vector, space_shape(config)[1:])
     if isinstance(section, c.VariationCondition):
         return VariationConditioner(see_lite0, LITE0_CHANNELS, section.width, section.side, section.grid, vector)
     if isinstance(section, c.LabelCondition):
@@ -193,12 +193,15 @@ def modality(section: c.ConditionConfig, config: c.RunConfig, emb_channels: int)
                                   void=section.void, factor=factor)  # fmt: skip
 
 
-def boxes_conditioner(section: c.BoxesCondition, emb_channels: int | None) -> nn.Module:
-    """tau for layouts. Raises LimnerError where there are no classes, or more than tokens for them."""
+def boxes_conditioner(section: c.BoxesCondition, emb_channels: int | None, size: tuple[int, int]) -> nn.Module:
+    """tau for layouts, on x_t of this (H, W). Raises LimnerError where there are no classes, or more than tokens for
+    them, and for boxes that are to be drawn as well as discrete."""
     classes = len(_classes(section.names, "boxes"))
     if section.tokens is None:
         return BoxesConditioner(classes, section.width, section.depth, section.most, head_dim=section.head_dim,
-                                emb_channels=emb_channels)  # fmt: skip
+                                emb_channels=emb_channels, size=size if section.drawn else None)  # fmt: skip
+    if section.drawn:
+        raise LimnerError("conditions.boxes: drawn and tokens don't go together; leave one out")
     vocabulary = section.tokens.vocabulary
     if classes >= vocabulary:
         raise LimnerError(f"conditions.boxes.tokens.vocabulary: {vocabulary}, should be above the {classes} classes")

@@ -157,6 +157,7 @@ class BoxesCondition(Section):
     depth: PositiveInt = 2
     head_dim: PositiveInt = 64
     pooled: bool = Field(default=True, description="a pooled vector into AdaGN besides the tokens")
+    drawn: bool = Field(default=False, description="also drawn on a map, a channel for each class, concatenated to x_t")
     tokens: BoxTokens | None = Field(default=None, description="discrete tokens, as in CompVis' layout models")
     smallest: Fraction = Field(
         default=0.002, description="boxes made of semantic maps: the least area, as a share of the picture"

@@ -278,7 +278,7 @@ def _train(out: Path, raw: dict[str, Any], budget_s: float | None, images: int |
 def _automatic(data: str, size: int | None) -> str:
     raw = build.preset("default")
     raw["data"] = {"source": data} | ({} if size is None else {"size": [size, size]})
-    fitted = recipe.automatic(raw)
+    fitted = {**recipe.automatic(raw), "process": raw["process"]}  # that of patches of one pixel, for every factor
     prepare(config.parse(fitted, "recipe").data, recipe.wants(config.parse(fitted, "recipe")))
     return json.dumps({key: fitted[key] for key in ("task", "data", "process", "conditions", "sampling")})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -47,13 +48,15 @@ class BoxesConditioner(Tokens):
     al. 2022, section 4.3.1: layout-to-image; theirs are discrete tokens of the corners, these are Fourier features).
 
     An empty layout, a picture of nothing, is a token of its own, and isn't the same as an absent one.
-    classes: K. most: tokens of a picture. emb_channels: width of the pooled vector; None: tokens only.
+    classes: K. most: tokens of a picture. emb_channels: width of the pooled vector; None: tokens only. size: (H, W) of
+    x_t in training, where the boxes are also drawn on it, a channel for each class: `drawn`; None: they aren't.
     """
 
     def __init__(self, classes: int, width: int, depth: int, most: int, *, head_dim: int = 64,
-                 emb_channels: int | None = None) -> None:  # fmt: skip
+                 emb_channels: int | None = None, size: tuple[int, int] | None = None) -> None:  # fmt: skip
         super().__init__(width, emb_channels)
-        self.classes, self.most = classes, most
+        self.classes, self.most, self.size = classes, most, size
+        self.spatial_channels = classes if size else 0
         self.table = nn.Embedding(classes + 1, width)  # the last: an empty layout
         self.place = nn.Linear(4 * 2 * FREQUENCIES, width)
         heads, head_dim = max(1, width // head_dim), min(head_dim, width)
@@ -62,9 +65,11 @@ class BoxesConditioner(Tokens):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, boxes: Tensor | None, batch: int, drop: Tensor | None = None) -> Embedded:
+    def forward(self, boxes: Tensor | None, batch: int, drop: Tensor | None = None,
+                size: tuple[int, int] | None = None) -> Embedded:  # fmt: skip
         """boxes: float (B, M, 5), class and x, y, w, h in 0..1, filled up with class -1; M above `most` is cut; or
-        None. drop (B,) bool marks rows to treat as absent. Raises LimnerError for another shape or class."""
+        None. drop (B,) bool marks rows to treat as absent; size: of x_t. Raises LimnerError for another shape or
+        class."""
         absent = self.nothing(batch, drop, boxes is not None)
         device = self.null.device
         if boxes is None:
@@ -82,7 +87,28 @@ class BoxesConditioner(Tokens):
         mask = there | (empty[:, None] & (torch.arange(self.most, device=device) == 0))
         for block in self.blocks:
             x = block(x, mask)
-        return self.embedded(self.norm(x), mask, absent)
+        embedded = self.embedded(self.norm(x), mask, absent)
+        if self.size is None:
+            return embedded
+        seen = there & ~absent[:, None]
+        return replace(embedded, spatial=drawn(boxes[..., 1:], number, seen, self.classes, size or self.size))
+
+
+def drawn(places: Tensor, number: Tensor, seen: Tensor, classes: int, size: tuple[int, int]) -> Tensor:
+    """Boxes as maps (B, K, H, W): how much of a cell a box of that class covers, of several the one that covers most.
+
+    places (B, M, 4): x, y, w, h in 0..1; number (B, M): classes; seen (B, M) bool: those that are drawn.
+    """
+
+    def along(start: Tensor, length: Tensor, cells: int) -> Tensor:
+        edge = torch.arange(cells, device=start.device) / cells
+        low, high = start[..., None], (start + length)[..., None]
+        return (torch.minimum(high, edge + 1 / cells) - torch.maximum(low, edge)).clamp(min=0) * cells
+
+    x, y, w, h = places.unbind(-1)
+    cover = along(y, h, size[0])[..., :, None] * along(x, w, size[1])[..., None, :] * seen[..., None, None]
+    own = F.one_hot(torch.where(seen, number, 0), classes).to(cover.dtype)
+    return torch.stack([(cover * own[..., k, None, None]).amax(1) for k in range(classes)], dim=1)
 
 
 class TokenBoxesConditioner(nn.Module):

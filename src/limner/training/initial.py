@@ -318,7 +318,7 @@ def _layout(config: c.RunConfig) -> dict[str, int]:
     layout = {"x": config.data.channels if config.task == "autoencoder" else build.space_shape(config)[0]}
     with torch.device("meta"):
         for section in config.conditions:
-            if isinstance(section, SPATIAL):
+            if isinstance(section, SPATIAL) or getattr(section, "drawn", False):
                 layout[section.kind] = int(build.modality(section, config, 1).spatial_channels)  # type: ignore[arg-type]
     return layout
 
