@@ -263,7 +263,7 @@ def test_boxes_are_drawn_on_a_map_of_their_class() -> None:
     torch.testing.assert_close(maps, expected)
     larger = tau({"boxes": layout[None]}, 1, size=(8, 16)).spatial
     assert larger.shape == (1, 2, 8, 16)
-    assert larger[0, 0].sum() == 4 * 8 + 2 * 0.25
+    assert larger[0, 0].sum() == 4 * 8 + 1
     assert model.raw(torch.zeros(1, 3, 4, 8), torch.zeros(1), tau({"boxes": layout[None]}, 1)).shape == (1, 3, 4, 8)
     both = raw | {"conditions": [BOXES | drawn | {"tokens": {"vocabulary": 64}}]}
     with pytest.raises(LimnerError, match="drawn and tokens"):
