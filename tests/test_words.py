@@ -58,6 +58,13 @@ def test_a_caption_is_cut_into_words_and_pieces() -> None:
     assert token_spans(tokenizer, "A Café")[:4] == [(0, 0), (0, 1), (2, 6), (0, 0)]
 
 
+def test_captions_of_other_languages_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    words.WordTokenizer(LENGTH).learn(["a red heart", "ein rotes Herz"])
+    assert not caplog.records
+    words.WordTokenizer(LENGTH).learn(["a red heart", "赤いハート"])
+    assert "1 of 2 captions have words that no English vocabulary has" in caplog.text
+
+
 @settings(max_examples=50, deadline=None)
 @given(caption=st.text(st.characters(), max_size=60))
 def test_any_text_is_accepted(caption: str) -> None:

@@ -8,6 +8,7 @@ all-MiniLM-L6-v2's word pieces (Apache-2.0), reduced to 64 principal components 
 from __future__ import annotations
 
 import functools
+import logging
 import zlib
 from collections.abc import Sequence
 from importlib import resources
@@ -22,6 +23,10 @@ from limner.nn.text import Tokens, clean
 FILE = "words.safetensors"
 MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 """Padding, an unknown word, and the marks before and after a caption."""
+UNKNOWN = 0.02
+"""Share of captions with unknown words from which on it is worth a warning."""
+
+_log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -51,7 +56,12 @@ class WordTokenizer(nn.Module):
         self.length = length
 
     def learn(self, texts: Sequence[str]) -> None:
-        """Knows its words already."""
+        """Knows its words already, and warns where they aren't those of the captions."""
+        ids = self(texts).ids
+        unknown = int((ids == words().index(MARKS[1])).any(1).sum())
+        if unknown > UNKNOWN * len(texts):
+            _log.warning("%d of %d captions have words that no English vocabulary has; encoder.kind bpe learns any",
+                         unknown, len(texts))  # fmt: skip
 
     def forward(self, texts: Sequence[str]) -> Tokens:
         encoded = tokenizer(self.length).encode_batch([clean(text) for text in texts])
