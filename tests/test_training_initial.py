@@ -165,11 +165,14 @@ def test_a_vocabulary_is_kept_and_a_new_one_learnt(tmp_path: Path) -> None:
     trained.conditioner.learn({"text": ["a red tile", "a blue tile"]})
     initial = Initial(text, trained.state_dict(), "text")
     quiet = Console(quiet=True)
-    begin(onwards, text, initial, tmp_path, ["something else altogether"], quiet)
+    knowing = Initial(text.model_copy(update={"words": "a red tile"}), initial.weights, "text")
+    kept = begin(onwards, text, knowing, tmp_path, ["Something else altogether"], quiet)
     assert onwards.state_dict()[data].equal(initial.weights[data])
+    assert kept.words == "a altogether else red something tile"
     wider = config.parse(crossing(kind="text", encoder={"kind": "bpe", "width": 24, "depth": 1, "head_dim": 8}), "text")
     other = build.model(wider)
-    made = begin(other, wider, initial, tmp_path, ["something else altogether"], quiet)
+    made = begin(other, wider, knowing, tmp_path, ["something else altogether"], quiet)
+    assert made.words == "altogether else something"
     assert other.state_dict()[data].any()
     assert not other.state_dict()[data].equal(initial.weights[data])
     assert "conditions.text, with fresh weights: it is another than the checkpoint's" in made.provenance["init"]["new"]

@@ -107,6 +107,29 @@ def test_an_unknown_word_is_read_as_its_neighbour() -> None:
         assert head(asked.tokens[:, 1]).argmax(1).tolist() == [0, 0, 1, 1]
 
 
+def test_words_that_no_caption_had_are_read_as_the_nearest(caplog: pytest.LogCaptureFixture) -> None:
+    reword = words.Rewording(words.words_of(["A red bread-basket", "dog; horse", "violin 7"]))
+    assert reword("Sandwich; DOG 5, red") == "bread; DOG 5, red"
+    assert reword("a puppy") == "a dog"
+    assert reword("a quaternion") == "a quaternion"
+    told = [record.getMessage() for record in caplog.records]
+    assert "text: no caption in training has 'sandwich', it is read as 'bread'" in told
+    assert "text: no caption in training has 'quaternion', nor any word near it" in told
+    reword("sandwich, sandwich")
+    assert len(caplog.records) == len(told)
+
+
+def test_a_trained_encoder_rewords_and_one_in_training_does_not() -> None:
+    encoder = {"kind": "bpe", "width": 32, "head_dim": 16, "vocabulary": 300, "length": LENGTH}
+    section = TextCondition.model_validate({"encoder": encoder})
+    made = build.text_conditioner(section, 8, "a red dog")
+    made.learn(["a red dog"])
+    asked, known = (made.train()([text], 1).tokens for text in ("a red puppy", "a red dog"))
+    assert not torch.equal(asked, known)
+    asked, known = (made.eval()([text], 1).tokens for text in ("a red puppy", "a red dog"))
+    assert torch.equal(asked, known)
+
+
 def test_a_model_of_words_draws_and_is_counted() -> None:
     raw: dict[str, Any] = {
         "data": {"size": [8, 8]},

@@ -36,7 +36,7 @@ from limner.nn.text import (
     Vocabulary,
 )
 from limner.nn.unet import Level, UNet
-from limner.nn.words import WordTokenizer, WordVectors
+from limner.nn.words import Rewording, WordTokenizer, WordVectors
 
 SCHEDULES = {
     "linear": schedules.LinearSchedule,
@@ -170,7 +170,7 @@ def modality(section: c.ConditionConfig, config: c.RunConfig, emb_channels: int)
     """The conditioner of one section of a recipe. Raises LimnerError where the names of classes are missing."""
     if isinstance(section, c.TextCondition):
         given = section.encoder if isinstance(section.encoder, c.GivenText) else None
-        return text_conditioner(section, emb_channels) if given is None else GivenTokens(given.width)
+        return text_conditioner(section, emb_channels, config.words) if given is None else GivenTokens(given.width)
     vector = emb_channels if getattr(section, "pooled", True) else None
     if isinstance(section, c.BoxesCondition):
         return boxes_conditioner(section, vector, space_shape(config)[1:])
@@ -219,8 +219,9 @@ def _classes(names: Sequence[str] | None, whose: str) -> Sequence[str]:
     return names
 
 
-def text_conditioner(section: c.TextCondition, emb_channels: int) -> TextConditioner:
-    """tau for captions; a BPE vocabulary is empty until `learn` or a run's weights fill it."""
+def text_conditioner(section: c.TextCondition, emb_channels: int, known: str | None = None) -> TextConditioner:
+    """tau for captions; a BPE vocabulary is empty until `learn` or a run's weights fill it. known: the words that it
+    learnt, apart by spaces; any other is read as the nearest of them."""
     encoder = section.encoder
     assert not isinstance(encoder, c.GivenText)
     if isinstance(encoder, c.PretrainedText):
@@ -236,7 +237,8 @@ def text_conditioner(section: c.TextCondition, emb_channels: int) -> TextConditi
         heads = encoder.heads or max(1, encoder.width // encoder.head_dim)
         parts = (Vocabulary(encoder.vocabulary, encoder.length),
                  TextTransformer(heads=heads, **options).requires_grad_(not encoder.frozen))  # fmt: skip
-    return TextConditioner(*parts, emb_channels if section.pooled else None, null=section.null)
+    reworded = Rewording(known.split()) if known and isinstance(encoder, c.BPEText) else None
+    return TextConditioner(*parts, emb_channels if section.pooled else None, null=section.null, reworded=reworded)
 
 
 def model(config: c.RunConfig) -> Model:

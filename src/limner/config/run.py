@@ -180,6 +180,7 @@ class RunConfig(Section):
     autoencoder_loss: AutoencoderLoss = AutoencoderLoss()
     distillation: DistillationConfig | None = Field(default=None, description="of a student, what it learnt and whence")
     classes: tuple[str, ...] | None = Field(default=None, description="names of the labels, in order")
+    words: str | None = Field(default=None, description="those of the captions that trained, where they are few")
     label_smoothing: Fraction = Field(default=0.0, description="classifier task")
     provenance: dict[str, Any] = Field(default_factory=dict, description="where it came from; never read by the code")
 

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -299,13 +299,14 @@ class TextConditioner(nn.Module):
 
     tokenizer, encoder: a `Vocabulary` and a `TextTransformer`, or the pretrained two. emb_channels: width of the
     vector; None: tokens only. null: an absent caption becomes one learned token, or the empty caption (as in the
-    published latent diffusion models).
+    published latent diffusion models). reworded: what captions go through once the model has learnt.
     """
 
     def __init__(self, tokenizer: nn.Module, encoder: nn.Module, emb_channels: int | None, *,
-                 null: Literal["learned", "empty"] = "learned") -> None:  # fmt: skip
+                 null: Literal["learned", "empty"] = "learned",
+                 reworded: Callable[[str], str] | None = None) -> None:  # fmt: skip
         super().__init__()
-        self.tokenizer, self.encoder = tokenizer, encoder
+        self.tokenizer, self.encoder, self.reworded = tokenizer, encoder, reworded
         self.token_channels: int = encoder.width  # pyright: ignore[reportAttributeAccessIssue]
         self.length: int = encoder.length  # pyright: ignore[reportAttributeAccessIssue]
         self.pool = nn.Linear(self.token_channels, emb_channels) if emb_channels else None
@@ -347,9 +348,10 @@ class TextConditioner(nn.Module):
             if not isinstance(caption, str | None):
                 raise LimnerError(f"text: row {row} is a {type(caption).__name__}, should be a caption")
             absent[row] |= caption is None
-        tokens: Tokens = self.tokenizer(
-            ["" if gone else caption or "" for caption, gone in zip(text, absent, strict=True)]
-        )
+        captions = ["" if gone else caption or "" for caption, gone in zip(text, absent, strict=True)]
+        if self.reworded is not None and not self.training:
+            captions = [self.reworded(caption) for caption in captions]  # pyright: ignore[reportArgumentType]
+        tokens: Tokens = self.tokenizer(captions)
         if tokens.cut and not self._told:
             _log.warning(
                 "%d of %d captions are longer than %d tokens and are cut there", tokens.cut, len(text), self.length

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -25,6 +27,12 @@ MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 """Padding, an unknown word, and the marks before and after a caption."""
 UNKNOWN = 0.02
 """Share of captions with unknown words from which on it is worth a warning."""
+
+WORD = re.compile(r"[^\W_]+")
+LONGEST = 16
+"""Pieces of one word that are looked at, at most."""
+NEAR = 0.5
+"""Cosine from which on a word stands for another."""
 
 _log = logging.getLogger(__name__)
 
@@ -104,3 +112,48 @@ class WordVectors(nn.Module):
         if self.training and self.noise:
             found = found + self.noise * torch.randn_like(found)
         return self.proj(found)
+
+
+def words_of(captions: Iterable[str]) -> set[str]:
+    """The words of captions, in lower case."""
+    return {word.lower() for caption in captions for word in WORD.findall(caption)}
+
+
+class Rewording:
+    """Captions with the words that a text encoder has learnt: any other becomes the nearest of them, if one is near.
+
+    An encoder that learnt from few captions has nothing but noise for other words. known: the words it learnt.
+    """
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self.known = frozenset(known)
+        places = {word: place for place, word in enumerate(words())}
+        self._places = places
+        self._candidates = sorted(word for word in self.known if word in places)
+        self._instead: dict[str, str | None] = {}
+
+    def __call__(self, caption: str) -> str:
+        """The caption reworded. Each new word is told once, in the log."""
+        return WORD.sub(lambda match: self._read(match.group()), caption)
+
+    def _read(self, word: str) -> str:
+        lower = word.lower()
+        if lower in self.known or lower.isdigit():
+            return word
+        if lower not in self._instead:
+            self._instead[lower] = found = self.nearest(lower)
+            told = "nor any word near it" if found is None else f"it is read as '{found}'"
+            _log.warning("text: no caption in training has '%s', %s", lower, told)
+        return self._instead[lower] or word
+
+    def nearest(self, word: str) -> str | None:
+        """The known word nearest to one in lower case, by cosine; None where none is as near as `NEAR`."""
+        table = vectors(torch.device("cpu"))
+        ids = [self._places[word]] if word in self._places else tokenizer(LONGEST).encode(word).ids[1:]
+        ids = [k for k in ids if words()[k] not in MARKS]
+        if not ids or not self._candidates:
+            return None
+        rows = table[[self._places[known] for known in self._candidates]]
+        likeness = F.cosine_similarity(table[ids].mean(0)[None], rows)
+        best = int(likeness.argmax())
+        return self._candidates[best] if likeness[best] >= NEAR else None

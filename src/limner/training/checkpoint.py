@@ -373,7 +373,7 @@ def load_weights(module: nn.Module, tensors: Tensors, where: str,
 
 
 _FREE_TO_CHANGE = ("provenance", "sampling", "training", "label_smoothing", "data.source", "data.split",
-                   "data.workers",
+                   "data.workers", "words",
                    "process.weighting", "process.vlb_weight", "space.share", "space.source",
                    "space.training", "distillation.teacher", "distillation.images",
                    "distillation.budget_s")  # fmt: skip

@@ -19,12 +19,15 @@ from torch import Tensor
 from limner import build
 from limner import config as c
 from limner.errors import LimnerError
+from limner.nn.words import words_of
 from limner.training import lora
 from limner.training.checkpoint import Checkpoints
 
 LEARNING_RATE = 1e-4
 """Of fine-tuning, where neither a preset nor the user says."""
 NETWORK, MODALITIES = "network.", "conditioner.modalities."
+FEW_WORDS = 5000
+"""Up to so many words of captions, other words are read as the nearest of them."""
 STEM = "network.stem.weight"
 SPATIAL = (c.ImageCondition, c.MaskCondition, c.SemanticMapCondition)
 CLASSES = {"label": "table.weight", "boxes": "table.weight", "semantic_map": "rescale.weight"}
@@ -71,7 +74,14 @@ def raw_recipe(initial: Initial) -> dict[str, Any]:
     data = {name: stored["data"][name] for name in ("size", "channels", "ground", "crop", "flip", "held_out")}
     conditions = [{k: v for k, v in section.items() if k not in ("classes", "void")} for section in
                   stored["conditions"]]  # fmt: skip
-    return {**stored, "data": data, "classes": None, "conditions": conditions, "training": {"lr": LEARNING_RATE}}
+    return {
+        **stored,
+        "data": data,
+        "classes": None,
+        "words": None,
+        "conditions": conditions,
+        "training": {"lr": LEARNING_RATE},
+    }
 
 
 def begin(model: build.Model, recipe: c.RunConfig, initial: Initial | None, out: Path, texts: Sequence[str] | None,
@@ -89,8 +99,10 @@ def begin(model: build.Model, recipe: c.RunConfig, initial: Initial | None, out:
     if initial is None and not resumed and recipe.training.lora is not None:
         raise LimnerError("training.lora: adapts a trained model; name it with --init RUN")
     taken = None if initial is None or resumed else take(model, recipe, initial)
-    if model.conditioner is not None and texts is not None and _learns(taken):
-        model.conditioner.learn({"text": texts})
+    if model.conditioner is not None and texts is not None:
+        if _learns(taken):
+            model.conditioner.learn({"text": texts})
+        recipe = recipe.model_copy(update={"words": _words(recipe, texts, None if _learns(taken) else initial)})
     if taken is not None and initial is not None:
         recipe = _told(recipe, initial, taken)
         for line in taken.lines if is_main_process() else ():
@@ -108,6 +120,15 @@ def is_main_process() -> bool:
 def say(line: str, console: Console | None = None) -> None:
     """A line on standard error."""
     (console or Console(stderr=True)).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _words(recipe: c.RunConfig, texts: Sequence[str], before: Initial | None) -> str | None:
+    """The words that a text encoder learns, with those that it knew before; None where they are a language's, or the
+    encoder knows one."""
+    if not any(isinstance(s, c.TextCondition) and isinstance(s.encoder, c.BPEText) for s in recipe.conditions):
+        return None
+    found = words_of(texts) | set((before.config.words or "").split() if before is not None else ())
+    return " ".join(sorted(found)) if len(found) <= FEW_WORDS else None
 
 
 def _learns(taken: Taken | None) -> bool:
