@@ -31,7 +31,7 @@ UNKNOWN = 0.02
 WORD = re.compile(r"[^\W_]+")
 LONGEST = 16
 """Pieces of one word that are looked at, at most."""
-NEAR = 0.5
+NEAR = 0.4
 """Cosine from which on a word stands for another."""
 
 _log = logging.getLogger(__name__)
