@@ -119,6 +119,11 @@ def test_words_that_no_caption_had_are_read_as_the_nearest(caplog: pytest.LogCap
     assert len(caplog.records) == len(told)
 
 
+def test_captions_in_another_language_are_left_alone() -> None:
+    reword = words.Rewording(words.words_of(["ein kleiner Hund", "eine gelbe Blume", "zwei rote Äpfel"]))
+    assert reword("ein Pferd") == "ein Pferd"
+
+
 def test_a_trained_encoder_rewords_and_one_in_training_does_not() -> None:
     encoder = {"kind": "bpe", "width": 32, "head_dim": 16, "vocabulary": 300, "length": LENGTH}
     section = TextCondition.model_validate({"encoder": encoder})

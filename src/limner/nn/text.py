@@ -41,6 +41,14 @@ class Tokens:
     cut: int
 
 
+def encoded(tokenizer: Any, texts: Sequence[str], length: int) -> Tokens:
+    """Captions, any UTF-8, by a tokenizer of the `tokenizers` library that cuts and pads to `length`."""
+    found = tokenizer.encode_batch([clean(text) for text in texts])
+    ids = torch.tensor([e.ids for e in found], dtype=torch.int64).view(len(texts), length)
+    mask = torch.tensor([e.attention_mask for e in found], dtype=torch.bool).view(len(texts), length)
+    return Tokens(ids, mask, sum(bool(e.overflowing) for e in found))
+
+
 # --- from scratch -------------------------------------------------------------------------------------------------
 
 
@@ -93,10 +101,7 @@ class Vocabulary(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> Tokens:
         """Token ids of captions, any UTF-8. Raises LimnerError when there is no vocabulary yet."""
-        encoded = self._tokenizer().encode_batch([clean(text) for text in texts])
-        ids = torch.tensor([e.ids for e in encoded], dtype=torch.int64).view(len(texts), self.length)
-        mask = torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool).view(len(texts), self.length)
-        return Tokens(ids, mask, sum(bool(e.overflowing) for e in encoded))
+        return encoded(self._tokenizer(), texts, self.length)
 
     def _tokenizer(self) -> Any:
         data = self.data.cpu()

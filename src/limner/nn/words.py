@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from limner.nn.text import Tokens, clean
+from limner.nn.text import Tokens, encoded
 
 FILE = "words.safetensors"
 MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -72,10 +72,7 @@ class WordTokenizer(nn.Module):
                          unknown, len(texts))  # fmt: skip
 
     def forward(self, texts: Sequence[str]) -> Tokens:
-        encoded = tokenizer(self.length).encode_batch([clean(text) for text in texts])
-        ids = torch.tensor([e.ids for e in encoded], dtype=torch.int64).view(len(texts), self.length)
-        mask = torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool).view(len(texts), self.length)
-        return Tokens(ids, mask, sum(bool(e.overflowing) for e in encoded))
+        return encoded(tokenizer(self.length), texts, self.length)
 
 
 @functools.cache
@@ -122,7 +119,8 @@ def words_of(captions: Iterable[str]) -> set[str]:
 class Rewording:
     """Captions with the words that a text encoder has learnt: any other becomes the nearest of them, if one is near.
 
-    An encoder that learnt from few captions has nothing but noise for other words. known: the words it learnt.
+    An encoder that learnt from few captions has nothing but noise for other words. known: the words it learnt; where
+    most of them aren't English, captions stay as they are.
     """
 
     def __init__(self, known: Iterable[str]) -> None:
@@ -130,10 +128,13 @@ class Rewording:
         places = {word: place for place, word in enumerate(words())}
         self._places = places
         self._candidates = sorted(word for word in self.known if word in places)
+        self._speaks_english = 2 * len(self._candidates) > len(self.known)
         self._instead: dict[str, str | None] = {}
 
     def __call__(self, caption: str) -> str:
         """The caption reworded. Each new word is told once, in the log."""
+        if not self._speaks_english:
+            return caption
         return WORD.sub(lambda match: self._read(match.group()), caption)
 
     def _read(self, word: str) -> str:
@@ -151,7 +152,7 @@ class Rewording:
         table = vectors(torch.device("cpu"))
         ids = [self._places[word]] if word in self._places else tokenizer(LONGEST).encode(word).ids[1:]
         ids = [k for k in ids if words()[k] not in MARKS]
-        if not ids or not self._candidates:
+        if not ids:
             return None
         rows = table[[self._places[known] for known in self._candidates]]
         likeness = F.cosine_similarity(table[ids].mean(0)[None], rows)
