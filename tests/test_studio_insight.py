@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,13 @@ def test_each_pixel_spreads_its_attention_over_the_words_that_there_are(tmp_path
     torch.testing.assert_close(whole, torch.full((8, 8), float(whole[0, 0])), atol=1e-3, rtol=1e-4)
     assert float(whole[0, 0]) == pytest.approx(round(float(whole[0, 0])), abs=1e-3), "1 for each layer and step"
     assert watched.maps[-1].max() == 0, "padding"
-    assert len(word_maps(generator, "a red cat", watched)) == 3
+    known = word_maps(generator, "a red cat", watched)
+    assert [word for word, _ in known] == ["a", "red", "cat"]
+    tau: Any = generator.model.conditioner
+    tau.modalities["text"].reworded = lambda caption: caption.replace("extraordinary", "red")
+    reworded = word_maps(generator, "a extraordinary cat", watched)
+    assert [word for word, _ in reworded] == ["a", "extraordinary", "cat"]
+    assert all(np.array_equal(map_, same) for (_, map_), (_, same) in zip(reworded, known, strict=True))
     after = watched.maps.clone()
     generator.sample(text="a red cat", steps=1, guidance=1.0)
     torch.testing.assert_close(watched.maps, after)

@@ -169,6 +169,7 @@ def test_a_vocabulary_is_kept_and_a_new_one_learnt(tmp_path: Path) -> None:
     kept = begin(onwards, text, knowing, tmp_path, ["Something else altogether"], quiet)
     assert onwards.state_dict()[data].equal(initial.weights[data])
     assert kept.words == "a altogether else red something tile"
+    assert begin(onwards, text, initial, tmp_path, ["Something else"], quiet).words is None  # it knows who knows what
     wider = config.parse(crossing(kind="text", encoder={"kind": "bpe", "width": 24, "depth": 1, "head_dim": 8}), "text")
     other = build.model(wider)
     made = begin(other, wider, knowing, tmp_path, ["something else altogether"], quiet)
@@ -176,6 +177,13 @@ def test_a_vocabulary_is_kept_and_a_new_one_learnt(tmp_path: Path) -> None:
     assert other.state_dict()[data].any()
     assert not other.state_dict()[data].equal(initial.weights[data])
     assert "conditions.text, with fresh weights: it is another than the checkpoint's" in made.provenance["init"]["new"]
+
+
+def test_a_run_that_goes_on_keeps_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = config.parse(crossing(kind="text", encoder={"kind": "bpe", "width": 16, "depth": 1, "head_dim": 8}), "text")
+    config.dump(text.model_copy(update={"words": "red tile"}), tmp_path / "config.yaml")
+    monkeypatch.setattr(Checkpoints, "newest", lambda _: tmp_path)
+    assert begin(build.model(text), text, None, tmp_path, ["others"], Console(quiet=True)).words == "red tile"
 
 
 # --- training on ----------------------------------------------------------------------------------------------------

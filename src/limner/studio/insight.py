@@ -126,12 +126,14 @@ def word_maps(generator: Generator, caption: str, watched: Watched) -> list[tupl
         if name == "text":
             break
         start += 1 if getattr(module, "token_channels", None) else 0
-    spans = token_spans(conditioner.modalities["text"].tokenizer, caption)
+    text = conditioner.modalities["text"]
+    read = caption if text.reworded is None else text.reworded(caption)
+    spans = token_spans(text.tokenizer, read)
     found = []
-    for match in re.finditer(r"\S+", caption):
+    for match, word in zip(re.finditer(r"\S+", read), caption.split(), strict=True):
         rows = [start + row for row, (low, high) in enumerate(spans) if low < match.end() and high > match.start()]
         if rows:
-            found.append((match.group(), watched.maps[rows].mean(0)))
+            found.append((word, watched.maps[rows].mean(0)))
     most = max((float(map_.max()) for _, map_ in found), default=1.0) or 1.0
     return [(word, (map_ / most).numpy()) for word, map_ in found]
 

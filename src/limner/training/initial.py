@@ -102,7 +102,8 @@ def begin(model: build.Model, recipe: c.RunConfig, initial: Initial | None, out:
     if model.conditioner is not None and texts is not None:
         if _learns(taken):
             model.conditioner.learn({"text": texts})
-        recipe = recipe.model_copy(update={"words": _words(recipe, texts, None if _learns(taken) else initial)})
+        known = _words(recipe, texts, None if _learns(taken) else initial) if not resumed else _stored_words(out)
+        recipe = recipe.model_copy(update={"words": known})
     if taken is not None and initial is not None:
         recipe = _told(recipe, initial, taken)
         for line in taken.lines if is_main_process() else ():
@@ -124,11 +125,19 @@ def say(line: str, console: Console | None = None) -> None:
 
 def _words(recipe: c.RunConfig, texts: Sequence[str], before: Initial | None) -> str | None:
     """The words that a text encoder learns, with those that it knew before; None where they are a language's, or the
-    encoder knows one."""
+    encoder knows one, as a taken over one does of which no words are told."""
     if not any(isinstance(s, c.TextCondition) and isinstance(s.encoder, c.BPEText) for s in recipe.conditions):
+        return None
+    if before is not None and before.config.words is None:
         return None
     found = words_of(texts) | set((before.config.words or "").split() if before is not None else ())
     return " ".join(sorted(found)) if len(found) <= FEW_WORDS else None
+
+
+def _stored_words(out: Path) -> str | None:
+    """Those of a run that goes on."""
+    stored = out / "config.yaml"
+    return c.load(stored).words if stored.is_file() else None
 
 
 def _learns(taken: Taken | None) -> bool:
