@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
+from limner.rendezvous import INIT_METHOD
+
 Item = TypeVar("Item")
 
 
@@ -21,7 +23,7 @@ def joined() -> Iterator[bool]:
     if alone or _in_group():
         yield place()[0] == 0
         return
-    distributed.init_process_group("gloo")  # what is exchanged lies on the CPU
+    distributed.init_process_group("gloo", init_method=INIT_METHOD)  # what is exchanged lies on the CPU
     try:
         yield place()[0] == 0
     finally:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from limner.config import TrainingConfig
 from limner.errors import LimnerError
+from limner.rendezvous import INIT_METHOD
 
 COMPILE_PAYS_S = 360.0
 """Budget from which compiling, which takes one to two minutes, pays on a GPU."""
@@ -124,7 +125,7 @@ def wait_for_processes(accelerator: Accelerator, group: Any = None) -> None:
 
 def patience(timeout_s: float) -> InitProcessGroupKwargs:
     """How long a process waits for the others."""
-    return InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))
+    return InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=timedelta(seconds=timeout_s))
 
 
 @contextmanager
