@@ -64,7 +64,9 @@ def test_without_a_generator_a_batch_holds_the_normalised_mean(tmp_path: Path) -
         expected = coder.normalise(coder.encode(plain["image"]).mode())
     torch.testing.assert_close(batch["latent"], expected, atol=3e-3, rtol=3e-3)
     assert torch.equal(batch["label"], plain["label"])
-    assert set(batch) == {"latent", "label"}
+    assert set(batch) == {"latent", "label", "row", "mirror"}
+    assert batch["row"].tolist() == rows.tolist()
+    assert not batch["mirror"].any()
     assert (cached.digest, cached.class_names, cached.size) == (data.digest, data.class_names, data.size)
     assert np.array_equal(cached.uint8(rows), data.uint8(rows))
 

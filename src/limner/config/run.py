@@ -90,6 +90,9 @@ class TrainingConfig(Section):
     times: Literal["uniform", "logit_normal", "log_uniform"] = Field(
         default="uniform", description="stratified over the batch; log_uniform dwells on little noise (classifiers)"
     )
+    align: float = Field(
+        default=0.0, ge=0, description="weight of alignment with a pretrained network's features (REPA); 0: none"
+    )
     balance: Fraction = Field(
         default=0.0, description="0: every row once an epoch; 1: rows of rare classes so often that classes come alike"
     )
@@ -198,4 +201,6 @@ class RunConfig(Section):
         kind = {"diffusion": "unet", "classifier": "classifier", "autoencoder": "autoencoder"}[self.task]
         if self.model.kind != kind:
             raise ValueError(f"task {self.task} needs model.kind {kind}, not {self.model.kind}")
+        if self.training.align and self.task != "diffusion":
+            raise ValueError(f"training.align: is for diffusion, not for task {self.task}; leave it out")
         return self

@@ -89,8 +89,9 @@ class Dataset:
         }
 
     def batch(self, rows: Rows, generator: np.random.Generator | None = None) -> dict[str, Any]:
-        """`image` float32 (B, C, H, W) in [-1, 1], and a value by condition: `label` int64 (B,), `text` list[str],
-        `semantic_map` int64 (B, H, W), `boxes` (B, M, 5), `mask` (B, C + 1, H, W), `small` (B, C, h, w), `variation`.
+        """`image` float32 (B, C, H, W) in [-1, 1], `row` int64 (B,), `mirror` bool (B,), and a value by condition:
+        `label` int64 (B,), `text` list[str], `semantic_map` int64 (B, H, W), `boxes` (B, M, 5), `mask` (B, C + 1, H,
+        W), `small` (B, C, h, w), `variation`.
 
         With a generator the picture is flipped (where the recipe says so and the conditions allow) and cropped at
         random (where the recipe says so), masks and small twins are made at random; without, never flipped and cropped
@@ -100,7 +101,8 @@ class Dataset:
         chosen = np.asarray(rows, dtype=np.int64)
         view = self._view(chosen, generator)
         image = torch.from_numpy(self.pixels.take(chosen, view)).to(torch.float32).div_(127.5).sub_(1.0)
-        return {"image": image} | {name: c.take(chosen, view) for name, c in self.conditions.items()}
+        conditions = {name: c.take(chosen, view) for name, c in self.conditions.items()}
+        return {"image": image, **view.told(chosen)} | conditions
 
     def uint8(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """The pictures (B, H, W, C), not augmented."""

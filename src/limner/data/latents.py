@@ -52,7 +52,7 @@ class LatentDataset(Dataset):
     scale: npt.NDArray[np.float32]
 
     def batch(self, rows: Rows, generator: np.random.Generator | None = None) -> dict[str, Any]:
-        """`latent` float32 (B, c, h, w), normalised, and a value by condition.
+        """`latent` float32 (B, c, h, w), normalised, `row` int64 (B,), `mirror` bool (B,), and a value by condition.
 
         With a generator a latent of each row's distribution is drawn, mirrored where the recipe and the conditions
         allow; without, it is the mean of the picture as it is.
@@ -64,7 +64,7 @@ class LatentDataset(Dataset):
         if generator is not None and "std" in self.shards[0]:
             latent += self._take("std", chosen, mirrored) * _noise(generator.random(len(chosen)), latent.shape[1:])
         latent = (latent - self.shift) / self.scale
-        return {"latent": torch.from_numpy(latent)} | {
+        return {"latent": torch.from_numpy(latent), **view.told(chosen)} | {
             name: c.take(chosen, view) for name, c in self.conditions.items()
         }
 

@@ -15,6 +15,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from limner.config import DataConfig
 from limner.data import cache, transforms
@@ -48,6 +50,11 @@ class View:
         """A generator for each row, whatever the batch that it is in."""
         seeds = rows if self.chance is None else (self.chance * 2**53).astype(np.int64)
         return [np.random.Generator(np.random.Philox(int(seed))) for seed in seeds]
+
+    def told(self, rows: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        """Which rows a batch holds, and whether each is mirrored: `row` int64 (B,), `mirror` bool (B,)."""
+        mirror = np.zeros(len(rows), dtype=bool) if self.mirror is None else self.mirror
+        return {"row": torch.from_numpy(rows), "mirror": torch.from_numpy(mirror)}
 
 
 class Pixels:

@@ -29,6 +29,7 @@ def refuse_others(config: RunConfig) -> None:
     """Raise LimnerError for a recipe that can't be cut."""
     settings = config.training
     for wrong, what in ((config.task != "diffusion", f"task {config.task}"), (settings.lora is not None, "LoRA"),
+                        (settings.align > 0, "training.align"),
                         (settings.optimizer != "adamw", f"training.optimizer {settings.optimizer}")):  # fmt: skip
         if wrong:
             raise LimnerError(f"training.shard: doesn't go with {what}; it is for diffusion by adamw, or leave it out")

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limner import build
-from limner.config import RunConfig
+from limner.config import RunConfig, UNetConfig
 from limner.core.denoiser import network_time, per_image
 from limner.core.losses import DiffusionLoss, LossTerms, stratified_times
 from limner.errors import LimnerError
 from limner.generator import Generator
+from limner.training.alignment import Alignment
 from limner.training.draws import Part, Source
 from limner.training.share import ALONE, Share
 from limner.training.task import Losses, Means, Task, by_band, to_device, total
@@ -44,6 +45,11 @@ class DiffusionTask(Task):
         self.networks = (model.network,)
         self.hidden = hidden_weights(model)
         self.loss = _loss(config)
+        self.alignment = None
+        if config.training.align:
+            assert isinstance(config.model, UNetConfig)
+            self.alignment = Alignment(model.network, config.model.levels[-1].channels, data)
+            self.modules["aligner"] = self.alignment.projector
         self._preview, self._captions = preview_options(config, data)
 
     def losses(self, batch: Mapping[str, Any], rng: torch.Generator, progress: float) -> Losses:
@@ -55,7 +61,11 @@ class DiffusionTask(Task):
         logs = {"loss": terms.loss.detach().mean(), **by_band("loss", terms.loss, t)}
         if terms.vb is not None:
             logs["vlb"] = terms.vb.detach().mean()
-        return Losses({"model": terms.loss.mean()}, logs)
+        if self.alignment is None:
+            return Losses({"model": terms.loss.mean()}, logs)
+        apart, projector = self.alignment.objectives(batch["row"], batch["mirror"])
+        objectives = {"model": terms.loss.mean() + self.config.training.align * apart, "aligner": projector}
+        return Losses(objectives, {**logs, "align": projector.detach()})
 
     def _terms(self, model: build.Model, batch: Mapping[str, Any], part: Part, seed: int, t: Tensor,
                drop: Mapping[str, Tensor]) -> LossTerms:  # fmt: skip

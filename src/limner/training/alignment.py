@@ -1,0 +1,108 @@
+"""Representation alignment: the middle of the U-Net also learns what a pretrained network sees in the clean picture.
+
+REPA (Yu et al. 2025, arXiv:2410.06940, equation 8). A denoiser has to find out by itself what is in a noisy picture
+before it can draw; told by features of the clean one, it finds out sooner. At sampling nothing of this is left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limner.errors import LimnerError
+from limner.nn.perceptual import Lite0Features
+
+CHANNELS = 112
+"""Of EfficientNet-Lite0's last map at stride 16."""
+SIDE = 128
+"""Pixels that the feature network sees along a side: maps of 8x8."""
+HIDDEN = 256
+MEASURED = 512
+"""Pictures from which the features' mean and spread are taken."""
+AT_ONCE = 64
+MOST_BYTES = 2 * 2**30
+
+
+class Alignment:
+    """1 - cos between what `projector` makes of the middle's output and the features of the clean picture, each channel
+    of which has mean 0 and spread 1 over the data; averaged over places and pictures.
+
+    network: a U-Net, watched from now on. channels: of its middle. data: a `Dataset` whose rows are always seen alike
+    but for mirroring; a mirrored picture's features are taken to be the mirrored features. They are computed once for
+    each row and kept. Raises LimnerError for data of which that isn't true, or that are too many to keep.
+    """
+
+    def __init__(self, network: Any, channels: int, data: Any) -> None:
+        if data.pixels.has_margins or not hasattr(data, "uint8"):
+            raise LimnerError("training.align: features are kept for whole pictures; it needs data.crop=center and no "
+                              "data.stream, or leave it out")  # fmt: skip
+        self.data, self.side = data, 0
+        self.features = Lite0Features().requires_grad_(False).eval()
+        self.projector = nn.Sequential(
+            nn.Conv2d(channels, HIDDEN, 1), nn.SiLU(), nn.Conv2d(HIDDEN, HIDDEN, 1), nn.SiLU(),
+            nn.Conv2d(HIDDEN, CHANNELS, 1),
+        )  # fmt: skip
+        self.seen: list[Tensor] = []
+        self.kept: Tensor | None = None
+        self.known = np.zeros(len(data), dtype=bool)
+        self.mean = self.spread = torch.zeros(())
+        seen = self.seen  # not self: a copy of the network, as the average is one, must not copy all this
+
+        def watch(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if module.training:
+                seen[:] = [output]
+
+        network.middle.register_forward_hook(watch)
+
+    def objectives(self, rows: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the pass just made over these rows (B,): for the network, and for the projector alone."""
+        (hidden,) = self.seen
+        self.seen.clear()
+        self.features.to(hidden.device)
+        target = self._targets(rows.cpu().numpy(), hidden.shape[2:]).to(hidden.device)
+        target = torch.where(mirrored[:, None, None, None], target.flip(3), target)
+        return self._apart(hidden, target), self._apart(hidden.detach(), target)
+
+    def _apart(self, hidden: Tensor, target: Tensor) -> Tensor:
+        told = F.normalize(self.projector(hidden).float(), dim=1)
+        return 1 - (told * target).sum(1).mean()
+
+    def _targets(self, rows: npt.NDArray[np.int64], size: torch.Size) -> Tensor:
+        """Features (B, C, h, w) of unit length at each place."""
+        if self.kept is None:
+            self._begin(size)
+        assert self.kept is not None
+        self._learn(rows[~self.known[rows]])
+        return F.normalize((self.kept[torch.from_numpy(rows)].float() - self.mean) / self.spread, dim=1)
+
+    def _begin(self, size: torch.Size) -> None:
+        shape = (len(self.data), CHANNELS, *size)
+        if 2 * int(np.prod(shape)) > MOST_BYTES:
+            raise LimnerError(f"training.align: the features of {len(self.data)} pictures don't fit {MOST_BYTES >> 30} "
+                              "GiB; leave it out")  # fmt: skip
+        self.kept = torch.zeros(shape, dtype=torch.float16)
+        some = self.data.train[:: max(1, len(self.data.train) // MEASURED)]
+        self._learn(some)
+        own = self.kept[torch.from_numpy(some)].float()
+        self.mean = own.mean((0, 2, 3))[:, None, None]
+        self.spread = own.std((0, 2, 3))[:, None, None].clamp_min(1e-3)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.features.parameters()).device
+
+    @torch.no_grad()
+    def _learn(self, rows: npt.NDArray[np.int64]) -> None:
+        assert self.kept is not None
+        for start in range(0, len(rows), AT_ONCE):
+            part = rows[start : start + AT_ONCE]
+            pictures = torch.from_numpy(self.data.uint8(part)).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+            larger = F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", antialias=True)
+            features = F.adaptive_avg_pool2d(self.features(larger)[-1], (self.kept.shape[2], self.kept.shape[3]))
+            self.kept[torch.from_numpy(part)] = features.half().cpu()
+            self.known[part] = True
