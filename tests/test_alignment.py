@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from limner import build, config
 from limner.data.dataset import prepare
 from limner.errors import LimnerError
-from limner.nn.perceptual import Lite0Features
+from limner.nn.lite0 import see_lite0
 from limner.training import loop
 from limner.training.alignment import Alignment
 from limner.training.tasks import DiffusionTask
@@ -51,8 +51,7 @@ def test_targets_are_the_features_of_each_row_mirrored_where_it_is(tmp_path: Pat
 
     def features(rows: np.ndarray) -> torch.Tensor:
         x = torch.from_numpy(data.uint8(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.no_grad():
-            return Lite0Features().eval()(F.interpolate(x, (128, 128), mode="bilinear", antialias=True))[-1]
+        return see_lite0(F.interpolate(x, (128, 128), mode="bilinear", antialias=True))
 
     whole = features(data.train)
     exact = (features(rows.numpy()) - whole.mean((0, 2, 3), keepdim=True)) / whole.std((0, 2, 3), keepdim=True)

@@ -12,7 +12,8 @@ from torch import nn
 
 from limner.errors import LimnerError
 from limner.evaluation import features
-from limner.evaluation import lite0 as lite0_module
+from limner.nn import lite0 as lite0_module
+from limner.nn.perceptual import Lite0Features
 
 
 def photos(count=3, size=32, channels=3, seed=0):
@@ -243,3 +244,12 @@ def test_a_folder_without_a_model(name, tmp_path):
     with pytest.raises(LimnerError, match=f"features '{name}': .* cannot be loaded") as error:
         features.network(f"{name}:{tmp_path}")
     assert "\n" not in str(error.value)
+
+
+def test_its_map_at_stride_16_is_that_of_the_perceptual_distance():
+    pictures = torch.from_numpy(photos()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = torch.nn.functional.interpolate(pictures, (64, 96), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        expected = Lite0Features().eval()(x)[-1]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(lite0_module.see_lite0(x), expected, atol=2e-4, rtol=1e-3)

@@ -18,13 +18,8 @@ from limner.errors import LimnerError
 from limner.nn.autoencoder import Autoencoder
 from limner.nn.classifier import NoisyClassifier
 from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
-from limner.nn.layout import (
-    LITE0_CHANNELS,
-    BoxesConditioner,
-    TokenBoxesConditioner,
-    VariationConditioner,
-    see_lite0,
-)
+from limner.nn.layout import BoxesConditioner, TokenBoxesConditioner, VariationConditioner
+from limner.nn.lite0 import LITE0_CHANNELS, see_lite0
 from limner.nn.quantizer import VectorQuantizer
 from limner.nn.spatial import Cells, ImageConditioner, MaskConditioner, SemanticMapConditioner, mask_of_latents
 from limner.nn.text import (

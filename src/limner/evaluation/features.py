@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limner.errors import LimnerError, suggest
-from limner.evaluation.lite0 import Lite0
 from limner.hardware import uses_bf16
+from limner.nn.lite0 import Lite0
 
 Pictures = npt.NDArray[np.uint8] | Tensor
 """uint8 (B, H, W, C), C = 1 grey, 3 RGB or 4 RGBA."""

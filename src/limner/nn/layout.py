@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -203,20 +202,3 @@ class VariationConditioner(Tokens):
                                antialias=True)  # fmt: skip
         maps = F.adaptive_avg_pool2d(self.features(square).float(), self.grid)
         return F.layer_norm(maps.flatten(2).transpose(1, 2), maps.shape[1:2])
-
-
-@lru_cache(maxsize=2)
-def lite0_features(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """EfficientNet-Lite0's map at stride 16, 112 channels, one network for all who ask."""
-    from limner.nn.perceptual import Lite0Features
-
-    network = Lite0Features().eval().requires_grad_(False).to(device)
-    return lambda x: network(x)[-1]
-
-
-LITE0_CHANNELS = 112
-
-
-def see_lite0(x: Tensor) -> Tensor:
-    """(B, C, side, side) in [-1, 1] -> (B, 112, side / 16, side / 16)."""
-    return lite0_features(x.device)(x)

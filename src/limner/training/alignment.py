@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limner.data.stream import StreamDataset
 from limner.errors import LimnerError
-from limner.nn.perceptual import Lite0Features
+from limner.nn.lite0 import LITE0_CHANNELS, see_lite0
 
-CHANNELS = 112
-"""Of EfficientNet-Lite0's last map at stride 16."""
-SIDE = 128
-"""Pixels that the feature network sees along a side: maps of 8x8."""
+STRIDE = 16
+SIDES = (64, 128)
+"""Least and most pixels that the feature network sees along a side; between them, as many as its map needs to have the
+places of the middle."""
 HIDDEN = 256
 MEASURED = 512
 """Pictures from which the features' mean and spread are taken."""
@@ -38,14 +39,13 @@ class Alignment:
     """
 
     def __init__(self, network: Any, channels: int, data: Any) -> None:
-        if data.pixels.has_margins or not hasattr(data, "uint8"):
+        if isinstance(data, StreamDataset) or data.pixels.has_margins:
             raise LimnerError("training.align: features are kept for whole pictures; it needs data.crop=center and no "
                               "data.stream, or leave it out")  # fmt: skip
-        self.data, self.side = data, 0
-        self.features = Lite0Features().requires_grad_(False).eval()
+        self.data, self.device = data, torch.device("cpu")
         self.projector = nn.Sequential(
             nn.Conv2d(channels, HIDDEN, 1), nn.SiLU(), nn.Conv2d(HIDDEN, HIDDEN, 1), nn.SiLU(),
-            nn.Conv2d(HIDDEN, CHANNELS, 1),
+            nn.Conv2d(HIDDEN, LITE0_CHANNELS, 1),
         )  # fmt: skip
         self.seen: list[Tensor] = []
         self.kept: Tensor | None = None
@@ -63,7 +63,7 @@ class Alignment:
         """Of the pass just made over these rows (B,): for the network, and for the projector alone."""
         (hidden,) = self.seen
         self.seen.clear()
-        self.features.to(hidden.device)
+        self.device = hidden.device
         target = self._targets(rows.cpu().numpy(), hidden.shape[2:]).to(hidden.device)
         target = torch.where(mirrored[:, None, None, None], target.flip(3), target)
         return self._apart(hidden, target), self._apart(hidden.detach(), target)
@@ -81,7 +81,7 @@ class Alignment:
         return F.normalize((self.kept[torch.from_numpy(rows)].float() - self.mean) / self.spread, dim=1)
 
     def _begin(self, size: torch.Size) -> None:
-        shape = (len(self.data), CHANNELS, *size)
+        shape = (len(self.data), LITE0_CHANNELS, *size)
         if 2 * int(np.prod(shape)) > MOST_BYTES:
             raise LimnerError(f"training.align: the features of {len(self.data)} pictures don't fit {MOST_BYTES >> 30} "
                               "GiB; leave it out")  # fmt: skip
@@ -92,17 +92,13 @@ class Alignment:
         self.mean = own.mean((0, 2, 3))[:, None, None]
         self.spread = own.std((0, 2, 3))[:, None, None].clamp_min(1e-3)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.features.parameters()).device
-
-    @torch.no_grad()
     def _learn(self, rows: npt.NDArray[np.int64]) -> None:
         assert self.kept is not None
         for start in range(0, len(rows), AT_ONCE):
             part = rows[start : start + AT_ONCE]
             pictures = torch.from_numpy(self.data.uint8(part)).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
-            larger = F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", antialias=True)
-            features = F.adaptive_avg_pool2d(self.features(larger)[-1], (self.kept.shape[2], self.kept.shape[3]))
+            height, width = (min(max(STRIDE * places, SIDES[0]), SIDES[1]) for places in self.kept.shape[2:])
+            sized = F.interpolate(pictures, (height, width), mode="bilinear", antialias=True)
+            features = F.adaptive_avg_pool2d(see_lite0(sized), (self.kept.shape[2], self.kept.shape[3]))
             self.kept[torch.from_numpy(part)] = features.half().cpu()
             self.known[part] = True
