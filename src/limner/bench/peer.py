@@ -90,7 +90,7 @@ class Pair:
         return counter.get_total_flops()
 
     def int8_error(self) -> float | None:
-        """Distance of the 8-bit network's output from the exact one's over the norm of that; None where there's none."""
+        """Distance of the 8-bit network's output from the exact one's over its norm; None where there is none."""
         if not has_int8(self.device):
             return None
         x, time, label = _inputs(4, self.device)

@@ -108,7 +108,8 @@ def sample(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time; changes the speed, not the pictures.")] = 64,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Compute in 8 bits, on a CPU: faster, and almost the same pictures.")
+        bool,
+        typer.Option("--int8", help="Compute in 8 bits, on a CPU: faster, almost the same; see the docs on speed."),
     ] = False,
     flags: Annotated[
         str | None, typer.Option(metavar="FILE|NAME|FLAGS", help="guided-diffusion: the flags of a .pt file.")
