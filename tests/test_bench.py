@@ -12,6 +12,7 @@ from limner.bench import own, peer
 from limner.bench.rounds import alternate, fastest, ratio
 from limner.cli import bench as command
 from limner.cli.program import run
+from limner.nn import int8
 
 
 def test_contenders_take_turns() -> None:
@@ -53,9 +54,22 @@ def test_every_contender_does_its_work() -> None:
     assert all(isinstance(out, torch.Tensor) and out.shape == (2, 3, 32, 32) for out in calls.values())
     reference = calls["diffusers fp32"]
     assert isinstance(reference, torch.Tensor)
+    assert (peer.INT8 in calls) == int8.available()
     for out in calls.values():
         assert isinstance(out, torch.Tensor)
         assert (out.float() - reference).abs().max() < 0.05 * reference.abs().max()
+
+
+@pytest.mark.skipif(not int8.available(), reason="this PyTorch has no 8-bit convolutions")
+def test_eight_bits_are_another_contender_and_told_apart() -> None:
+    made = peer.pair(torch.device("cpu"))
+    drawn = {name: work() for name, work in peer.guided(made, 1).items() if name.startswith("limner")}
+    exact, near = drawn["limner"], drawn[peer.INT8]
+    assert isinstance(exact, torch.Tensor)
+    assert isinstance(near, torch.Tensor)
+    assert 0 < (near - exact).norm() < 0.2 * exact.norm()
+    assert 0 < (made.int8_error() or 0) < 0.1
+    assert fastest({"limner": [1.0], peer.INT8: [9.0], "diffusers": [2.0]}, "diffusers") == "diffusers"
 
 
 def test_pictures_are_read_alike() -> None:

@@ -32,14 +32,18 @@ Progress = Callable[[int, int], None]
 
 
 def load(path: str | Path, *, flags: Mapping[str, Any] | str | Path | None = None,
-         config: str | Path | None = None) -> Generator | NoisyClassifier:  # fmt: skip
+         config: str | Path | None = None, int8: bool = False) -> Generator | NoisyClassifier:  # fmt: skip
     """A run, a model that comes with Limner by its name (`limner models`), or a checkpoint or folder of another
     project, ready to draw or to guide.
 
     flags: of a guided-diffusion `.pt`: a dict, a JSON file, or the command line that it was trained with.
-    config: the YAML of a CompVis `.ckpt`. Raises LimnerError saying what is wrong with the file, or what it needs.
+    config: the YAML of a CompVis `.ckpt`. int8: draw in 8 bits on a CPU, faster and almost the same; see
+    docs/performance.md. Raises LimnerError saying what is wrong with the file, what it needs, or why int8 can't be had.
     """
-    return _ready(*_found(path, flags, config))
+    found, digest = _found(path, flags, config)
+    if int8 and found.config.task == "classifier":
+        raise LimnerError(f"{path}: holds a classifier, which guides by gradients, and int8 has none; leave int8 out")
+    return _ready(found, digest, int8)
 
 
 def _found(path: str | Path, flags: Any, config: Any) -> tuple[Imported, str]:
@@ -87,9 +91,9 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
-def _ready(found: Imported, digest: str) -> Generator | NoisyClassifier:
+def _ready(found: Imported, digest: str, int8: bool) -> Generator | NoisyClassifier:
     kind = NoisyClassifier if found.config.task == "classifier" else Generator
-    return kind(found.config, _model(found), digest, notes=found.notes)
+    return kind(found.config, _model(found), digest, notes=found.notes, int8=int8)
 
 
 def _model(found: Imported) -> build.Model:
@@ -310,21 +314,24 @@ def _recipe(data: str | Path | None, out: Path, preset: str | None, task: Task |
 
 
 def evaluate(samples: Any, reference: Any = None, *, features: str = "efficientnet-lite0", num: int | None = None,
-             trained_on: Any = None, progress: Callable[[str, int], None] | None = None,
+             trained_on: Any = None, int8: bool = False, progress: Callable[[str, int], None] | None = None,
              **drawing: Any) -> Any:  # fmt: skip
     """Compare samples with real pictures: distances, scores, precision and recall, class accuracy, with intervals.
 
     samples: a `Generator` (or the path of its run), which draws `num` pictures, 1,000 unless told, by the options of
     `Generator.stream`, and keeps none; or an `.npz`, a folder, a `.tar`, an array. reference: a data set or its path;
     for a generator, by default the data that it was trained on. features: see `evaluation/features.py`. trained_on:
-    what drew the samples learned from this data, where that isn't the reference (captions; a generator knows).
+    what drew the samples learned from this data, where that isn't the reference (captions; a generator knows). int8: of
+    a path, as in `load`.
     Returns a `Report`. Raises LimnerError for whatever cannot be compared.
     """
     from limner.evaluation import runs
     from limner.evaluation.evaluate import evaluate as compare
 
     if isinstance(samples, str | Path) and (zoo.located(samples) / "config.yaml").is_file():
-        samples = load(samples)
+        samples, int8 = load(samples, int8=int8), False
+    if int8:
+        raise LimnerError("int8: goes with the path of a run, which is to draw")
     if isinstance(samples, Generator):
         return runs.evaluate(samples, reference, features=features, num=num, progress=progress, **drawing)
     if reference is None:

@@ -18,6 +18,7 @@ from limner.errors import LimnerError
 from limner.nn.autoencoder import Autoencoder
 from limner.nn.classifier import NoisyClassifier
 from limner.nn.conditioners import Conditioner, Embedded, LabelConditioner
+from limner.nn.int8 import LEAST, Int8Conv2d, quantised
 from limner.nn.layout import BoxesConditioner, TokenBoxesConditioner, VariationConditioner
 from limner.nn.lite0 import LITE0_CHANNELS, see_lite0
 from limner.nn.quantizer import VectorQuantizer
@@ -99,14 +100,23 @@ class Model(nn.Module):
         return self.raw(x, time, tau if guidance is None else replace(tau, guidance=guidance))
 
 
-def ready(model: Model, device: torch.device) -> None:
+def ready(model: Model, device: torch.device, *, int8: bool = False) -> None:
     """For use, not for training: on the device, in the memory layout that convolutions are fastest in. A model whose
-    weights are cut over processes stays as it lies."""
+    weights are cut over processes stays as it lies.
+
+    int8: what draws, the network and the decoder, computes in 8 bits where that pays; LimnerError where it can't.
+    """
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         model.eval()
         return
     tensors: Any = model.to(device).eval().requires_grad_(False)
     tensors.to(memory_format=torch.channels_last)  # its overload for this keyword alone is missing from the stubs
+    if int8:
+        model.network = quantised(model.network)
+        if model.autoencoder is not None:
+            model.autoencoder.decoder = quantised(model.autoencoder.decoder)
+        if not any(isinstance(module, Int8Conv2d) for module in model.modules()):
+            raise LimnerError(f"int8: nothing to gain, no convolution here has {LEAST} channels or more; leave it out")
 
 
 def schedule(config: c.RunConfig) -> schedules.Schedule:

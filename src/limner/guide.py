@@ -50,7 +50,8 @@ def _label_number(label: int | str, classes: Sequence[str]) -> int:
 class Loaded:
     """Networks ready for use.
 
-    config: their recipe. digest: of the weights. notes: what an importer has to tell of how it read them.
+    config: their recipe. digest: of the weights. notes: what an importer has to tell of how it read them. int8: whether
+    they compute in 8 bits, see `nn/int8.py`; LimnerError where they can't.
     """
 
     config: RunConfig
@@ -58,9 +59,10 @@ class Loaded:
     digest: str = ""
     device: torch.device = field(default_factory=best_device)
     notes: tuple[str, ...] = ()
+    int8: bool = False
 
     def __post_init__(self) -> None:
-        build.ready(self.model, self.device)
+        build.ready(self.model, self.device, int8=self.int8)
         self.schedule = build.schedule(self.config)
 
 

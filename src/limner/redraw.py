@@ -29,7 +29,8 @@ def facts_of(generator: Generator, run: str, settings: Settings, seed: int,
              size: tuple[int, int] | None = None) -> dict[str, Any]:  # fmt: skip
     """What is needed to draw the same again; it goes into every PNG, beside each picture's own facts."""
     facts = {"run": run, "digest": generator.digest, "seed": seed, **asdict(settings)}
-    facts |= {"classifier_digest": classifier_digest, "strength": strength, "size": size and list(size)}
+    facts |= {"classifier_digest": classifier_digest, "strength": strength, "size": size and list(size),
+              "int8": generator.int8 or None}  # fmt: skip
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -62,7 +63,7 @@ class Repeat:
 
     run, digest: of the model. conditions: one value for each of the `num` pictures, from number `first` on. settings:
     by name. classifier_digest: of the classifier that steered it, else None. size: (height, width), None for the
-    model's own.
+    model's own. int8: whether it was computed in 8 bits.
     """
 
     run: str
@@ -75,6 +76,7 @@ class Repeat:
     classifier_digest: str | None = None
     strength: float | None = None
     size: tuple[int, int] | None = None
+    int8: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -84,10 +86,14 @@ class Repeat:
         return {"num": self.num, "seed": self.seed, "first": self.first, **told, **self.conditions, **self.settings}
 
     def check(self, generator: Generator, run: str) -> None:
-        """Raises LimnerError unless this model drew it."""
+        """Raises LimnerError unless this model drew it, in as many bits."""
         if self.digest and generator.digest and self.digest != generator.digest:
             raise LimnerError(f"{run}: its weights are {generator.digest}, the picture was drawn by {self.digest} "
                               f"({self.run}); name that run")  # fmt: skip
+        if self.int8 != generator.int8:
+            own, told = ("with" if each else "without" for each in (generator.int8, self.int8))
+            raise LimnerError(f"{run}: was loaded {own} int8, the picture was drawn {told}; `limner sample --from` "
+                              "draws it again")  # fmt: skip
 
     @staticmethod
     def read(picture: str | Path | BinaryIO, name: str | None = None) -> Repeat:
@@ -127,6 +133,7 @@ class Repeat:
                 facts.get("classifier_digest"),
                 facts.get("strength"),
                 None if facts.get("size") is None else (int(facts["size"][0]), int(facts["size"][1])),
+                bool(facts.get("int8", False)),
             )
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError):
             raise LimnerError(

@@ -26,7 +26,8 @@ def measure(*, rounds: int = 5, seconds: float = 2.0, tell: Tell | None = None) 
     rounds: in each of which every contender is measured once, for about `seconds`. Returns figures by name; `raw` has
     each round's. Ratios are Limner over the faster of diffusers' variants, None where diffusers isn't installed:
     `train_ratio` and `sample_ratio` by the same network, `guided_ratio` by whole pictures. `peak_fraction`: of the
-    machine's best product of matrices in bf16 (or fp32 where that is faster), reached in training.
+    machine's best product of matrices in bf16 (or fp32 where that is faster), reached in training. `sample_int8_ratio`,
+    `guided_int8_ratio`, `int8_error`: of Limner's network in 8 bits, None where the device has none.
     """
     device = best_device()
     raw: dict[str, Rates] = {"machine": alternate(machine.contenders(device), rounds, seconds, tell)}
@@ -35,7 +36,8 @@ def measure(*, rounds: int = 5, seconds: float = 2.0, tell: Tell | None = None) 
     products = {kind: best[f"matmul {kind}"] * machine.MATMUL_OPERATIONS / 1e9 for kind in ("fp32", "bf16")}
     figures |= {f"matmul_{kind}_gflops": rate for kind, rate in products.items()}
     figures["copy_gb_per_s"] = best["copy"] * 2 * machine.COPIED / 1e9
-    figures |= dict.fromkeys(("train_ratio", "sample_ratio", "guided_ratio", "peak_fraction"))
+    ratios = ("train_ratio", "sample_ratio", "sample_int8_ratio", "guided_ratio", "guided_int8_ratio")
+    figures |= dict.fromkeys((*ratios, "int8_error", "peak_fraction"))
     if peer.installed():
         figures |= _side_by_side(device, raw, rounds, seconds, max(products.values()), tell)
     raw["autoencoder"] = _pictures(
@@ -55,10 +57,14 @@ def _side_by_side(device: torch.device, raw: dict[str, Rates], rounds: int, seco
         raw["training"] = _pictures(alternate(contenders, rounds, seconds, tell), TRAIN_BATCH)
     raw["sampling"] = alternate(peer.calls(pair, SAMPLE_BATCH), rounds, seconds, tell)
     raw["guided"] = _pictures(alternate(peer.guided(pair, GUIDED_BATCH), rounds, seconds, tell), GUIDED_BATCH)
-    found: dict[str, Any] = {"parameters": pair.parameters, "flops": pair.flops(), "difference": pair.difference()}
+    found: dict[str, Any] = {"parameters": pair.parameters, "flops": pair.flops(), "difference": pair.difference(),
+                             "int8_error": pair.int8_error()}  # fmt: skip
     for name, stage in (("train", "training"), ("sample", "sampling"), ("guided", "guided")):
         rival = fastest(raw[stage], "diffusers")
         found |= {f"{name}_ratio": ratio(raw[stage]["limner"], raw[stage][rival]), f"{name}_rival": rival}
+        if name != "train":
+            near = raw[stage].get(peer.INT8)
+            found[f"{name}_int8_ratio"] = None if near is None else ratio(near, raw[stage][rival])
     rate = _median(raw["training"])["limner"]
     found["train_images_per_s"] = rate
     found["sample_calls_per_s"] = _median(raw["sampling"])["limner"]

@@ -13,6 +13,7 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from limner.core.guidance import classifier_free, interval
 from limner.core.samplers import dpmpp_2m
 from limner.errors import LimnerError
 from limner.hardware import autocast
+from limner.nn import int8
 from limner.nn.conditioners import Embedded
+from limner.nn.int8 import quantised
 from limner.training.clock import Clock
 from limner.training.loop import Training, accelerator_for
 from limner.training.progress import Display
@@ -46,6 +49,8 @@ NETWORK = {
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
 }  # fmt: skip
 """Of the size that is usual for small pictures: 2.2 million parameters."""
+INT8 = "limner int8"
+"""The contender that computes in 8 bits."""
 
 
 def installed() -> bool:
@@ -55,6 +60,11 @@ def installed() -> bool:
     except ImportError:
         return False
     return True
+
+
+def has_int8(device: torch.device) -> bool:
+    """Whether networks can be had in 8 bits there."""
+    return device.type == "cpu" and int8.available()
 
 
 @dataclass
@@ -78,6 +88,16 @@ class Pair:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.own.raw(x, time, self.own.embed({"label": label}, batch))
         return counter.get_total_flops()
+
+    def int8_error(self) -> float | None:
+        """Distance of the 8-bit network's output from the exact one's over its norm; None where there is none."""
+        if not has_int8(self.device):
+            return None
+        x, time, label = _inputs(4, self.device)
+        tau = self.own.embed({"label": label}, 4)
+        with torch.no_grad():
+            exact, near = (net(x, time, tau.vector) for net in (self.own.network, quantised(self.own.network)))
+        return float((near - exact).norm() / exact.norm())
 
     def difference(self) -> float:
         """Largest difference between both outputs over the largest output, in float32."""
@@ -109,7 +129,8 @@ def pair(device: torch.device) -> Pair:
 
 
 def calls(pair: Pair, batch: int) -> dict[str, Contender]:
-    """One call of the network on `batch` pictures; for the peer as it is, and by its advice for speed."""
+    """One call of the network on `batch` pictures; for the peer as it is, and by its advice for speed. Limner's as
+    it is, and in 8 bits where the device has them (`INT8`)."""
     x, time, label = _inputs(batch, pair.device)
     build.ready(pair.own, pair.device)
     plain, tuned = (
@@ -138,7 +159,17 @@ def calls(pair: Pair, batch: int) -> dict[str, Contender]:
     def half_peer() -> Tensor:
         return half(fast_x.bfloat16(), time, class_labels=label).sample
 
-    return {"limner": own, "diffusers fp32": plain_peer, "diffusers bf16 autocast, channels_last": autocast_peer,
+    made: dict[str, Contender] = {"limner": own}
+    if has_int8(pair.device):
+        near = quantised(pair.own.network)
+
+        @torch.no_grad()
+        def own_int8() -> Tensor:
+            with autocast("auto", pair.device):
+                return near(fast_x, time, tau.vector)
+
+        made[INT8] = own_int8
+    return {**made, "diffusers fp32": plain_peer, "diffusers bf16 autocast, channels_last": autocast_peer,
             "diffusers bf16 weights, channels_last": half_peer}  # fmt: skip
 
 
@@ -166,14 +197,17 @@ def guided(pair: Pair, batch: int) -> dict[str, Contender]:
         return z
 
     @torch.no_grad()
-    def own() -> Tensor:
+    def own(model: build.Model = pair.own) -> Tensor:
         with autocast("auto", pair.device):
-            tau, nothing = (pair.own.embed({"label": y}, batch) for y in (label, null))
-            plain = build.denoiser(pair.own, pair.config)
+            tau, nothing = (model.embed({"label": y}, batch) for y in (label, null))
+            plain = build.denoiser(model, pair.config)
             both = classifier_free(plain, GUIDANCE, null=nothing, join=Embedded.cat)
             return dpmpp_2m(interval(both, plain, *INTERVAL), x, path, cond=tau)
 
-    return {"limner": own, "diffusers": theirs}
+    made: dict[str, Contender] = {"limner": own}
+    if has_int8(pair.device):
+        made[INT8] = partial(own, build.Model(quantised(pair.own.network), pair.own.conditioner))
+    return {**made, "diffusers": theirs}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ def _lines(figures: dict[str, Any]) -> list[str]:
         return [*lines, "diffusers isn't installed, so there is nothing to compare with"]
     for name, words in (("train", "training"), ("sample", "a network call"), ("guided", "a guided picture")):
         lines.append(f"{words}: {figures[f'{name}_ratio']:.2f} times {figures[f'{name}_rival']}")
+        if (near := figures.get(f"{name}_int8_ratio")) is not None:
+            lines.append(f"the same in 8 bits: {near:.2f} times, off by {figures['int8_error']:.1%} a call")
     lines.append(f"training reaches {figures['peak_fraction']:.0%} of the machine's best product of matrices")
     for who, size in figures.get("memory_bytes", {}).items():
         lines.append(f"memory that training adds, {who}: {size / 2**20:.0f} MiB")

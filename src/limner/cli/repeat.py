@@ -31,7 +31,7 @@ def repeat(source: Path, run: str | None, out: str, *, classifier: str | None, c
     run = told.run if run is None else run
     if not zoo.located(run).exists():
         raise LimnerError(f"{source}: was drawn by {run}, which is not there; name the RUN")
-    gen = drawing_generator(api.load(run, flags=flags, config=config), run)
+    gen = drawing_generator(api.load(run, flags=flags, config=config, int8=told.int8), run)
     told.check(gen, run)
     guide = None if classifier is None else api.load(classifier, flags=classifier_flags)
     _check_guide(told, guide, source)

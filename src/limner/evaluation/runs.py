@@ -51,7 +51,8 @@ def evaluate(
     nothing, the reference lacks its conditions.
     """
     asked = {name: value for name, value in drawing.items() if name in SETTINGS}
-    how = {**asdict(generator.settings(**asked)), "seed": drawing.get("seed", 0), "run": generator.digest}
+    how = {**asdict(generator.settings(**asked)), "seed": drawing.get("seed", 0), "run": generator.digest,
+           "int8": generator.int8 or None}  # fmt: skip
     against = referred(generator, reference)
     batches = drawn(generator, part_of(range(num or NUM)), drawing, conditions_for(generator, against, drawing))
     return compare(

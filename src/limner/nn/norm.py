@@ -36,8 +36,8 @@ class GroupNorm(nn.GroupNorm):
         # Two zeros: the same tensor handed in twice would break torch.compile's graph here.
         scale = self.weight.new_zeros(()) if scale is None else scale
         shift = self.weight.new_zeros(()) if shift is None else shift
-        return _Normalise.apply(input, self.weight, self.bias, scale.float(), shift.float(), self.num_groups, self.eps,
-                                silu)  # fmt: skip
+        given = (input, self.weight, self.bias, scale.float(), shift.float(), self.num_groups, self.eps, silu)
+        return _Normalise.apply(*given) if torch.is_grad_enabled() else _normalised(*given)
 
     def by_kernels(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, *, silu: bool) -> Tensor:
         """The same by PyTorch's kernels, in the dtype of x; differentiable any number of times."""
@@ -59,8 +59,7 @@ class _Normalise(torch.autograd.Function):
         pixels = _rows(x)
         exact = pixels.float() if pixels.dtype != torch.float64 else pixels
         sums = torch.stack([exact.sum(1), exact.square().sum(1)])
-        mean, square = (_over_group(sums, groups) / pixels.shape[1]).unbind()
-        rstd = torch.rsqrt((square - mean.square()).clamp_min(0) + eps)
+        mean, rstd = _moments(sums, pixels.shape[1], groups, eps)
         gain = rstd * gamma * (1 + scale)
         offset = beta * (1 + scale) + shift - mean * gain
         h = _affine(pixels, gain, offset)
@@ -100,6 +99,26 @@ class _Normalise(torch.autograd.Function):
         )
 
 
+def _normalised(x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float,
+                silu: bool) -> Tensor:  # fmt: skip
+    """What `_Normalise` computes, where no gradients are wanted: every pass after the first writes where that wrote."""
+    pixels = _rows(x)
+    if pixels.dtype not in (torch.float32, torch.float64):
+        return _Normalise.apply(x, gamma, beta, scale, shift, groups, eps, silu)
+    h = pixels * pixels
+    mean, rstd = _moments(torch.stack([pixels.sum(1), h.sum(1)]), pixels.shape[1], groups, eps)
+    gain = rstd * gamma * (1 + scale)
+    h = _affine(pixels, gain, beta * (1 + scale) + shift - mean * gain, out=h)
+    return _picture(F.silu(h, inplace=True) if silu else h, x)
+
+
+def _moments(sums: Tensor, count: int, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation (B, C) of each channel's group, from the sums (2, B, C) of its
+    `count` pixels and of their squares."""
+    mean, square = (_over_group(sums, groups) / count).unbind()
+    return mean, torch.rsqrt((square - mean.square()).clamp_min(0) + eps)
+
+
 def _rows(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H W, C); no copy in channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -109,9 +128,9 @@ def _picture(rows: Tensor, like: Tensor) -> Tensor:
     return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
-def _affine(rows: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+def _affine(rows: Tensor, gain: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:
     """rows (B, N, C) times gain (B, C) plus offset (B, C), in the dtype of rows."""
-    return torch.addcmul(offset[:, None].to(rows.dtype), rows, gain[:, None].to(rows.dtype))
+    return torch.addcmul(offset[:, None].to(rows.dtype), rows, gain[:, None].to(rows.dtype), out=out)
 
 
 def _over_group(sums: Tensor, groups: int) -> Tensor:
