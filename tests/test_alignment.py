@@ -86,10 +86,28 @@ def test_it_trains_the_network_and_the_projector_and_nothing_of_it_is_left(tmp_p
     assert any(not torch.equal(a, b) for a, b in zip(*middle, strict=True)), "the network learns from it"
 
 
+def test_what_is_too_much_to_keep_is_seen_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, data = made(tmp_path / "data")
+
+    def apart(kept: bool) -> float:
+        torch.manual_seed(0)
+        network = torch.nn.Module()
+        network.middle = torch.nn.Identity()
+        alignment = Alignment(network, 3, data)
+        network.middle(torch.ones(4, 3, 8, 8))
+        found = alignment.objectives(torch.from_numpy(data.train[:4].copy()), torch.zeros(4, dtype=torch.bool))
+        assert (alignment.kept is not None) is kept
+        return float(found[0].detach())
+
+    before = apart(kept=True)
+    monkeypatch.setattr("limner.training.alignment.MOST_BYTES", 0)
+    assert apart(kept=False) == before
+
+
 def test_what_it_does_not_go_with_is_said(tmp_path: Path) -> None:
     recipe, _ = made(tmp_path / "data")
     cropped = prepare(recipe.data.model_copy(update={"crop": "random", "size": (8, 16)}), {"label"})
-    with pytest.raises(LimnerError, match=r"training\.align: .*data\.crop=center"):
+    with pytest.raises(LimnerError, match=r"training\.align: .* leave it out by training\.align=0"):
         DiffusionTask(build.model(recipe), recipe, cropped)
     raw = {"task": "autoencoder", "model": {"kind": "autoencoder", "levels": [{"channels": 8}]},
            "training": {"align": 0.5}}  # fmt: skip

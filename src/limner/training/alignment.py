@@ -6,6 +6,8 @@ before it can draw; told by features of the clean one, it finds out sooner. At s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,14 +37,15 @@ class Alignment:
 
     network: a U-Net, watched from now on. channels: of its middle. data: a `Dataset` whose rows are always seen alike
     but for mirroring; a mirrored picture's features are taken to be the mirrored features. They are computed once for
-    each row and kept. Raises LimnerError for data of which that isn't true, or that are too many to keep.
+    each row and kept, up to `MOST_BYTES`; where they would be more, each time. Raises LimnerError for streams and for
+    random crops.
     """
 
     def __init__(self, network: Any, channels: int, data: Any) -> None:
         if isinstance(data, StreamDataset) or data.pixels.has_margins:
-            raise LimnerError("training.align: features are kept for whole pictures; it needs data.crop=center and no "
-                              "data.stream, or leave it out")  # fmt: skip
-        self.data, self.device = data, torch.device("cpu")
+            raise LimnerError("training.align: needs whole pictures that can be had by row, so neither data.stream nor "
+                              "random crops; leave it out by training.align=0")  # fmt: skip
+        self.data, self.device, self.size = data, torch.device("cpu"), (0, 0)
         self.projector = nn.Sequential(
             nn.Conv2d(channels, HIDDEN, 1), nn.SiLU(), nn.Conv2d(HIDDEN, HIDDEN, 1), nn.SiLU(),
             nn.Conv2d(HIDDEN, LITE0_CHANNELS, 1),
@@ -74,31 +77,35 @@ class Alignment:
 
     def _targets(self, rows: npt.NDArray[np.int64], size: torch.Size) -> Tensor:
         """Features (B, C, h, w) of unit length at each place."""
-        if self.kept is None:
+        if self.size != tuple(size):
             self._begin(size)
-        assert self.kept is not None
-        self._learn(rows[~self.known[rows]])
-        return F.normalize((self.kept[torch.from_numpy(rows)].float() - self.mean) / self.spread, dim=1)
+        return F.normalize((self._features(rows).float() - self.mean) / self.spread, dim=1)
 
     def _begin(self, size: torch.Size) -> None:
+        self.size = (size[0], size[1])
         shape = (len(self.data), LITE0_CHANNELS, *size)
-        if 2 * int(np.prod(shape)) > MOST_BYTES:
-            raise LimnerError(f"training.align: the features of {len(self.data)} pictures don't fit {MOST_BYTES >> 30} "
-                              "GiB; leave it out")  # fmt: skip
-        self.kept = torch.zeros(shape, dtype=torch.float16)
-        some = self.data.train[:: max(1, len(self.data.train) // MEASURED)]
-        self._learn(some)
-        own = self.kept[torch.from_numpy(some)].float()
-        self.mean = own.mean((0, 2, 3))[:, None, None]
-        self.spread = own.std((0, 2, 3))[:, None, None].clamp_min(1e-3)
+        self.kept = torch.zeros(shape, dtype=torch.float16) if 2 * math.prod(shape) <= MOST_BYTES else None
+        self.known[:] = False
+        some = self._features(self.data.train[:: max(1, len(self.data.train) // MEASURED)]).float()
+        self.mean = some.mean((0, 2, 3))[:, None, None]
+        self.spread = some.std((0, 2, 3))[:, None, None].clamp_min(1e-3)
 
-    def _learn(self, rows: npt.NDArray[np.int64]) -> None:
-        assert self.kept is not None
-        for start in range(0, len(rows), AT_ONCE):
-            part = rows[start : start + AT_ONCE]
-            pictures = torch.from_numpy(self.data.uint8(part)).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
-            height, width = (min(max(STRIDE * places, SIDES[0]), SIDES[1]) for places in self.kept.shape[2:])
-            sized = F.interpolate(pictures, (height, width), mode="bilinear", antialias=True)
-            features = F.adaptive_avg_pool2d(see_lite0(sized), (self.kept.shape[2], self.kept.shape[3]))
-            self.kept[torch.from_numpy(part)] = features.half().cpu()
+    def _features(self, rows: npt.NDArray[np.int64]) -> Tensor:
+        """(B, C, h, w) on the CPU; seen the first time that they are asked for, where they are kept."""
+        if self.kept is None:
+            return torch.cat([self._see(part) for part in _parts(rows)])
+        for part in _parts(rows[~self.known[rows]]):
+            self.kept[torch.from_numpy(part)] = self._see(part)
             self.known[part] = True
+        return self.kept[torch.from_numpy(rows)]
+
+    def _see(self, rows: npt.NDArray[np.int64]) -> Tensor:
+        pictures = torch.from_numpy(self.data.uint8(rows)).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+        height, width = (min(max(STRIDE * places, SIDES[0]), SIDES[1]) for places in self.size)
+        features = see_lite0(F.interpolate(pictures, (height, width), mode="bilinear", antialias=True))
+        return F.adaptive_avg_pool2d(features, self.size).half().cpu()
+
+
+def _parts(rows: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+    for start in range(0, len(rows), AT_ONCE):
+        yield rows[start : start + AT_ONCE]
