@@ -19,9 +19,11 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
 
 
 def test_a_run_is_compared_with_what_it_was_trained_on(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["evaluate", str(shop.run), "--num", "6", "--json"]) == 0
+    asked = ["--num", "6", "--interval", "0.1,0.9", "--rescale", "0.5", "--json"]
+    assert run(["evaluate", str(shop.run), *asked]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["settings"]["steps"] == 2
+    settings = facts["settings"]
+    assert (settings["steps"], settings["interval"], settings["rescale"]) == (2, [0.1, 0.9], 0.5)
     assert "FD-efficientnet-lite0" in json.dumps(facts)
     assert "class_accuracy" in json.dumps(facts)
 
@@ -57,6 +59,7 @@ def test_bits_per_dim_of_held_out_pictures(shop: Workshop, capsys: pytest.Captur
     ("asked", "line"),
     [
         (["--guidance", "1,x"], "--guidance 1,x: should be numbers"),
+        (["--interval", "0.1"], "--interval 0.1: should be two times LO,HI"),
         (["--guidance", "1", "--plot", "p.png"], "--plot: goes with several scales"),
         (["--features", "efficientnet-lite1"], "efficientnet-lite0"),
     ],

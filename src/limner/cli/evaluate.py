@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from limner.cli import given
 from limner.cli.console import emit
 from limner.errors import LimnerError
 
@@ -31,6 +32,10 @@ def evaluate(
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="Of a run; default: its own.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of a run; default: its own.")] = None,
+    interval: Annotated[
+        str | None, typer.Option(metavar="LO,HI", help="Of a run: guidance only at times in this range.")
+    ] = None,
+    rescale: Annotated[float | None, typer.Option(metavar="PHI", help="Of a run: guided contrast, 0 to 1.")] = None,
     seed: Annotated[int, typer.Option(help="Of a run's samples.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures that a run draws at a time.")] = 64,
     int8: Annotated[
@@ -79,7 +84,8 @@ def evaluate(
         return
     if plot is not None and len(scales) == 1:
         raise LimnerError("--plot: goes with several scales, such as --guidance 1,1.5,2,3")
-    drawing: dict[str, Any] = {"sampler": sampler, "steps": steps}
+    within = None if interval is None else given.interval_of(interval)
+    drawing: dict[str, Any] = {"sampler": sampler, "steps": steps, "interval": within, "rescale": rescale}
     drawing = {name: value for name, value in drawing.items() if value is not None}
     if (zoo.located(samples) / "config.yaml").is_file():
         drawing |= {"seed": seed, "batch": batch}

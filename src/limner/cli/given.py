@@ -1,4 +1,4 @@
-"""Conditions that are files: maps, pictures, masks and boxes, read as a model wants them."""
+"""Conditions that are files: maps, pictures, masks and boxes, read as a model wants them; and other options as words."""
 
 from __future__ import annotations
 
@@ -161,3 +161,12 @@ def guidance_of(text: str | None) -> float | dict[str, float] | None:
         return {name.strip(): float(scale) for name, scale in pairs}
     except ValueError:
         raise LimnerError(f"--guidance {text}: should be a number, or one by condition: text=5,boxes=2") from None
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """The two times of `--interval LO,HI`. Raises LimnerError."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise LimnerError(f"--interval {text}: should be two times LO,HI, such as 0.1,0.8") from None
+    return low, high

@@ -161,7 +161,7 @@ def sample(
         "composition": composition,
         "guidance_every": guidance_every,
         "consistent": consistent or None,
-        "interval": None if interval is None else _interval(interval),
+        "interval": None if interval is None else given.interval_of(interval),
         "rescale": rescale,
         "classifier_scale": 1.0 if guide is not None and classifier_scale is None else classifier_scale,
         "sampler": sampler,
@@ -257,14 +257,6 @@ def _captions(text: Sequence[str] | None, file: Path | None) -> list[str] | None
         if not captions:
             raise LimnerError(f"{file}: holds no captions; they are read one a line")
     return captions or None
-
-
-def _interval(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise LimnerError(f"--interval {text}: should be two times LO,HI, such as 0.1,0.8") from None
-    return low, high
 
 
 def _recipe(gen: Generator, run: str, settings: Settings, seed: int, guide_digest: str | None,
