@@ -1,4 +1,4 @@
-"""Conditions that are files: maps, pictures, masks and boxes, read as a model wants them; and other options as words."""
+"""Conditions that are files: maps, pictures, masks and boxes, read as a model wants them; and options in words."""
 
 from __future__ import annotations
 
