@@ -53,7 +53,7 @@ def test_a_flat_folder_has_pictures_alone(tmp_path: Path) -> None:
     assert shown(data) == expected(0, 1, 2)
     assert data.labels is None
     assert data.class_names is None
-    assert set(data.batch([0])) == {"image"}
+    assert set(data.batch([0])) == {"image", "row", "mirror"}
 
 
 def test_hidden_files_and_other_files_are_passed_over(tmp_path: Path) -> None:

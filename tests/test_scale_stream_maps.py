@@ -101,7 +101,7 @@ def test_maps_masks_and_boxes_are_those_of_the_cache(tmp_path: Path, form: str, 
     for seed in (None, 0, 1):
         found, wanted = ((data.batch(rows, None if seed is None else np.random.default_rng(seed)))
                          for data in (late, cached))  # fmt: skip
-        assert found.keys() == wanted.keys() == {"image", *SPATIAL}
+        assert found.keys() == wanted.keys() == {"image", "row", "mirror", *SPATIAL}
         for name, value in wanted.items():
             assert torch.equal(found[name], value), name
     assert late.facts == cached.facts
@@ -172,7 +172,7 @@ def test_latents_of_a_stream_are_those_of_the_cache_without_its_corrupt_rows(tmp
         assert "damaged" in late.corrupt[150].what
         batch, wanted = found.batch(found.train[:170]), cached.batch(found.train[:170])
         torch.testing.assert_close(batch["latent"], wanted["latent"], atol=2e-3, rtol=2e-3)
-        assert batch.keys() == {"latent", *SPATIAL}
+        assert batch.keys() == {"latent", "row", "mirror", *SPATIAL}
 
 
 @pytest.mark.usefixtures("small_shards")
