@@ -23,7 +23,7 @@ FENCE = re.compile(r"^( *)```(\w*)(?: +(.*?))?\n(.*?)^\1```$", re.DOTALL | re.MU
 NORUN = re.compile(r'norun="([^"]*)"')
 CAPTIONS = ["a red heart", "a blue star", "a green apple", "a dog"]
 TINY = ("training.batch=4", "training.previews=1", "training.compile=off", "training.warmup_images=4",
-        "sampling.steps=2")  # fmt: skip
+        "training.align=0", "sampling.steps=2")  # fmt: skip
 LEVEL = "model.levels=[{channels: 32}]"
 LATENT = ("model.levels=[{channels: 32, cross_attention: 1}]", "space.autoencoder.levels=[{channels: 32}]",
           "space.training.images=8", "conditions.0.encoder={kind: bpe, vocabulary: 300, width: 32, depth: 1, "
