@@ -27,6 +27,12 @@ from tiny_cli import Workshop
 needs_operators = pytest.mark.skipif(not int8.available(), reason="this PyTorch has no 8-bit convolutions")
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.onednn, "qconv_pointwise"), reason="this PyTorch has no such operator")
+def test_where_the_operator_is_there_it_is_used() -> None:
+    """Or else a mistake of ours would skip what follows in silence."""
+    assert int8.available()
+
+
 def error_and_bound(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """|8-bit - float|, and how large it may be where each input is off by its step and each weight by half of its."""
     exact = conv(x)

@@ -78,9 +78,7 @@ def _rounded(x: Tensor, step: float, zero: int) -> Tensor:
     """round(x / step) + zero as uint8, saturated."""
     if not hasattr(torch, "quantize_per_tensor"):
         return (x / step).round_().add_(zero).clamp_(0, LEVELS).to(torch.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, but one pass over the picture instead of four
-        q = torch.quantize_per_tensor(x, step, zero, torch.quint8)
+    q = torch.quantize_per_tensor(x, step, zero, torch.quint8)  # one pass over the picture instead of four
     # The same memory as plain integers; `int_repr` would copy it.
     return torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape, q.stride())
 
@@ -88,6 +86,8 @@ def _rounded(x: Tensor, step: float, zero: int) -> Tensor:
 @lru_cache
 def available() -> bool:
     """Whether this build of PyTorch can, which it is asked by a small convolution."""
+    # Deprecated, and nothing else does it in one pass. Once and for all: a filter for each call isn't safe in threads.
+    warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             Int8Conv2d(nn.Conv2d(LEAST, LEAST, 3))(torch.zeros(1, LEAST, 4, 4))

@@ -65,7 +65,7 @@ def _shared(device: torch.device) -> Lite0:
 
 @torch.no_grad()
 def see_lite0(x: Tensor) -> Tensor:
-    """Pictures (B, C, side, side) in [-1, 1], sides multiples of 32 -> (B, 112, side / 16, side / 16) in float32."""
+    """Pictures (B, C, side, side) in [-1, 1], sides multiples of 16 -> (B, 112, side / 16, side / 16) in float32."""
     with torch.autocast(x.device.type, enabled=False):
         return _shared(x.device).to_stride_16((127.5 * rgb(x.float()) + 0.5) / 128)
 
