@@ -137,6 +137,11 @@ def test_efficientnet_on_a_few_pictures():
     figures = quick(x, y, real)
     assert figures["FD-efficientnet-lite0"] == pytest.approx(report["FD"].value)
     assert figures["class_accuracy"] == report["class_accuracy"].value
+    assert figures["class_precision"] > 0.5
+    assert quick(x, 1 - y, real)["class_precision"] < figures["class_precision"] - 0.2, "asked for the other class"
+    few = quick(x, y, ArrayPictures(real_x[:12], real_y[:12]))
+    assert "class_accuracy" in few
+    assert "class_precision" not in few
     noise = np.random.default_rng(0).integers(0, 256, x.shape, dtype=np.uint8)
     assert quick(noise, None, real)["FD-efficientnet-lite0"] > 1.3 * figures["FD-efficientnet-lite0"]
 

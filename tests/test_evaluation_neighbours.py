@@ -59,6 +59,22 @@ def test_far_pictures_lower_precision_and_not_recall():
     assert found.precise.mean() < 0.55
 
 
+def test_a_picture_of_the_wrong_class_is_not_precise():
+    """Two classes far apart: samples of the one, asked for as either."""
+    real, labels = np.concatenate([points(40, 3), points(40, 3, 1, mean=20)]), np.repeat([0, 1], 40)
+    samples, asked = points(20, 3, 2, mean=0.2), np.arange(20) % 2
+    precise, recalled = neighbours.within_classes(real, labels, samples, asked)
+    assert neighbours.neighbourhoods(real, samples).precise.mean() > 0.8
+    assert precise[asked == 0].mean() > 0.8
+    assert not precise[asked == 1].any()
+    alone = neighbours.neighbourhoods(real[:40], samples[asked == 0], k=3, k_density=3)
+    np.testing.assert_array_equal(precise[asked == 0], alone.precise)
+    np.testing.assert_array_equal(recalled[:40], alone.recalled)
+    few = neighbours.within_classes(real, labels, samples[:3], asked[:3])
+    assert not few[0].any()
+    assert not few[1].any()
+
+
 def test_large_offsets_do_not_blur_small_distances():
     """In float32, x x - 2 x y + y y of far-off points would lose every digit of their distance."""
     base = points(50, 8) + 3000

@@ -53,6 +53,22 @@ def neighbourhoods(real: Array, samples: Array, *, k: int = 3, k_density: int = 
     return Neighbourhoods(precise.numpy(), torch.cat(recalled).numpy(), density.numpy(), torch.cat(covered).numpy())
 
 
+def within_classes(
+    real: Array, real_labels: npt.NDArray[np.int64], samples: Array, asked: npt.NDArray[np.int64], *, k: int = 3
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """`precise` of each sample and `recalled` of each real picture, where only pictures of the same class are looked at:
+    a sample of the wrong class is not precise, however good. real_labels (N,), asked (M,): classes.
+
+    A class with no more than k pictures on either side has False throughout."""
+    precise, recalled = np.zeros(len(samples), bool), np.zeros(len(real), bool)
+    for label in np.unique(asked):
+        mine, theirs = np.flatnonzero(asked == label), np.flatnonzero(real_labels == label)
+        if min(len(mine), len(theirs)) > k:
+            near = neighbourhoods(real[theirs], samples[mine], k=k, k_density=k)
+            precise[mine], recalled[theirs] = near.precise, near.recalled
+    return precise, recalled
+
+
 def nearest(queries: Array, base: Array) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Distance (N,) and row (N,) of each query's nearest neighbour in `base`."""
     y, x = _centred(base, queries)

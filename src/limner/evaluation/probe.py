@@ -31,10 +31,15 @@ class Probe:
     accuracy: float
     tested: int
 
+    def scores(self, features: Array) -> Tensor:
+        """How much each feature vector (N, D) is of each class, (N, classes) double: about its indicator, 0 to 1, less
+        the mean."""
+        x = (torch.as_tensor(features).float() - self.mean) / self.scale
+        return x.double() @ self.weight
+
     def classify(self, features: Array) -> npt.NDArray[np.int64]:
         """The class of each feature vector (N, D)."""
-        x = (torch.as_tensor(features).float() - self.mean) / self.scale
-        return (x.double() @ self.weight).argmax(1).numpy()
+        return self.scores(features).argmax(1).numpy()
 
 
 def fit(features: Array, labels: npt.NDArray[np.int64], classes: int, *, seed: int = 0) -> Probe:
