@@ -56,8 +56,8 @@ def neighbourhoods(real: Array, samples: Array, *, k: int = 3, k_density: int = 
 def within_classes(
     real: Array, real_labels: npt.NDArray[np.int64], samples: Array, asked: npt.NDArray[np.int64], *, k: int = 3
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """`precise` of each sample and `recalled` of each real picture, where only pictures of the same class are looked at:
-    a sample of the wrong class is not precise, however good. real_labels (N,), asked (M,): classes.
+    """`precise` (M,) and `recalled` (N,) among the pictures of one class at a time: a sample of the wrong class is not
+    precise, however good. real_labels (N,), asked (M,): classes.
 
     A class with no more than k pictures on either side has False throughout."""
     precise, recalled = np.zeros(len(samples), bool), np.zeros(len(real), bool)

@@ -115,13 +115,13 @@ class DiffusionTask(Task):
 
 
 def thinned(caption: str | None, kept: Tensor) -> str | None:
-    """A caption with a gap in place of each word for which kept (n,) bool is False; of more than n words the rest stays.
+    """A caption with a gap for each word where kept (n,) bool is False; of more than n words the rest stays.
 
     The gap is shown, so that a whole caption still means that nothing else was said."""
     if caption is None:
         return None
     words = caption.split()
-    return " ".join([word if keep else GAP for word, keep in zip(words, kept.tolist())] + words[len(kept) :])
+    return " ".join(word if place >= len(kept) or kept[place] else GAP for place, word in enumerate(words))
 
 
 class ClassifierTask(Task):
