@@ -23,7 +23,15 @@ from limner.evaluation.evaluate import quick
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 SAMPLERS = {"dpmpp_2m": 10, "ddim": 15, "ddpm": 20}
-SHOWN = ("FD-efficientnet-lite0", "class_accuracy", "precision", "recall", "images_per_s")
+SHOWN = (
+    "FD-efficientnet-lite0",
+    "class_accuracy",
+    "precision",
+    "recall",
+    "class_precision",
+    "class_recall",
+    "images_per_s",
+)
 
 
 def cell(gen: Any, guide: Any, data: Dataset, sampler: str, steps: int, scale: float, num: int) -> dict[str, Any]:
@@ -39,21 +47,21 @@ def cell(gen: Any, guide: Any, data: Dataset, sampler: str, steps: int, scale: f
 
 def table(cells: list[dict[str, Any]]) -> str:
     head = ["sampler", "steps", "scale", *SHOWN]
-    rows = [[f"{c[k]:.3g}" if isinstance(c[k], float) else str(c[k]) for k in head] for c in cells]
+    rows = [[f"{c[k]:.3g}" if isinstance(c.get(k), float) else str(c.get(k, "")) for k in head] for c in cells]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
 def plot(cells: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.2), constrained_layout=True)
-    for axis, name in zip(axes, SHOWN[:4], strict=True):
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.4), constrained_layout=True)
+    for axis, name in zip(axes.flat, SHOWN[:6], strict=True):
         for sampler, steps in SAMPLERS.items():
-            own = [c for c in cells if c["sampler"] == sampler]
+            own = [c for c in cells if c["sampler"] == sampler and name in c]
             axis.plot([c["scale"] for c in own], [c[name] for c in own], "o-", label=f"{sampler}, {steps} steps")
         axis.set(title=name.replace("_", " "), xlabel="classifier scale")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0, 0].legend()
     for suffix in ("png", "svg"):
         figure.savefig(path.with_suffix(f".{suffix}"), dpi=110)
 
