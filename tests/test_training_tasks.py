@@ -57,28 +57,6 @@ def test_each_condition_is_dropped_as_often_as_asked_and_by_itself() -> None:
     assert 0.17 < dropped.float().mean() < 0.23
 
 
-class Captioned(Pictures):
-    def batch(self, rows: Any, generator: np.random.Generator | None = None) -> dict[str, Any]:
-        return super().batch(rows, generator) | {"text": ["red"] * len(rows)}
-
-
-def test_words_are_left_out_of_captions_in_training_alone() -> None:
-    text = {"kind": "text", "word_dropout": 0.25, "encoder": {"kind": "bpe", "vocabulary": 300, "length": 64}}
-    config = changed(recipe(), conditions=[text])
-    caption = " ".join(f"w{k}" for k in range(40))
-    task = DiffusionTask(build.model(config), config, Captioned())
-    batch = {"part": Part(0, 0, 64, 64), "text": [caption] * 63 + [None]}
-    *left, none = task._thinned(batch)["text"]
-    assert none is None
-    assert len(set(left)) == 63
-    words = [row.split() for row in left]
-    assert all(row[-8:] == caption.split()[-8:] for row in words), "of long captions the end stays"
-    assert all(row == sorted(row, key=lambda word: int(word[1:])) for row in words)
-    assert 0.22 < 1 - sum(len(row) - 8 for row in words) / (63 * 32) < 0.28
-    assert task._thinned({"part": Part(0, 32, 64, 64), "text": batch["text"][32:]})["text"] == [*left[32:], None]
-    assert DiffusionTask(build.model(recipe()), recipe(), Pictures())._thinned(batch) is batch
-
-
 def test_learned_variance_has_the_hybrid_loss_and_leaves_the_mean_alone() -> None:
     base = recipe()
     process = base.process.model_dump() | {"learned_variance": True, "prediction": "epsilon"}

@@ -73,11 +73,6 @@ class TextCondition(Section):
     key: ClassVar[str] = "text"
     kind: Literal["text"] = "text"
     dropout: Fraction = 0.1
-    word_dropout: Fraction = Field(
-        default=0.0,
-        description="how often training leaves out a word of a caption, so that it learns the words and "
-        "not the captions",
-    )
     encoder: Annotated[BPEText | WordsText | PretrainedText | GivenText, Field(discriminator="kind")] = BPEText()
     pooled: bool = Field(default=True, description="a pooled vector into AdaGN besides the tokens")
     null: Literal["learned", "empty"] = Field(

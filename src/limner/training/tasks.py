@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limner import build
-from limner.config import RunConfig, TextCondition, UNetConfig
+from limner.config import RunConfig, UNetConfig
 from limner.core.denoiser import network_time, per_image
 from limner.core.losses import DiffusionLoss, LossTerms, stratified_times
 from limner.errors import LimnerError
@@ -26,8 +26,6 @@ HELD_OUT_BATCH = 64
 HELD_OUT_SEED = 0
 PREVIEW_SEED = 0
 Logs = Callable[[Mapping[str, Any], Part, Tensor], Mapping[str, Tensor]]
-WORDS, GAP = 32, "_"
-"""Of a caption, the first so many words may be left out; what stands in their place."""
 EARLIEST = 1e-3
 """Where log-uniform times begin."""
 CONTINUOUS_STEPS = 1000
@@ -59,7 +57,7 @@ class DiffusionTask(Task):
         part: Part = batch["part"]
         seed = self.config.training.seed
         t = drawn_times(part, self.config)
-        terms = self._terms(self.model, self._thinned(batch), part, seed, t, self._dropped(part))
+        terms = self._terms(self.model, batch, part, seed, t, self._dropped(part))
         logs = {"loss": terms.loss.detach().mean(), **by_band("loss", terms.loss, t)}
         if terms.vb is not None:
             logs["vlb"] = terms.vb.detach().mean()
@@ -85,15 +83,6 @@ class DiffusionTask(Task):
             for section in self.config.conditions
         }
 
-    def _thinned(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The batch with captions that have lost some of their words, where the recipe says so."""
-        share = sum(s.word_dropout for s in self.config.conditions if isinstance(s, TextCondition))
-        if not share:
-            return batch
-        part: Part = batch["part"]
-        kept = part.of(torch.rand(part.total, WORDS, generator=part.generator(self.config.training.seed, "words")))
-        return {**batch, "text": [thinned(c, row) for c, row in zip(batch["text"], kept >= share, strict=True)]}
-
     def held_out(self, average: nn.Module, data: Source, share: Share = ALONE) -> dict[str, float]:
         """`held_out_loss`, and the same by noise band; the same rows, times and noise each time, nothing dropped."""
         assert isinstance(average, build.Model)
@@ -112,16 +101,6 @@ class DiffusionTask(Task):
         drawn = share.together(len(self._captions),
                                lambda part: torch.from_numpy(generator.sample(part=part, **options)))  # fmt: skip
         return drawn.numpy(), self._captions
-
-
-def thinned(caption: str | None, kept: Tensor) -> str | None:
-    """A caption with a gap for each word where kept (n,) bool is False; of more than n words the rest stays.
-
-    The gap is shown, so that a whole caption still means that nothing else was said."""
-    if caption is None:
-        return None
-    words = caption.split()
-    return " ".join(word if place >= len(kept) or kept[place] else GAP for place, word in enumerate(words))
 
 
 class ClassifierTask(Task):
