@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from rich.console import Console
 
-from limner.config import TrainingConfig
+from limner.config import DataConfig, TrainingConfig
+from limner.data.dataset import prepare
 from limner.errors import LimnerError
 from limner.training import devices
 from limner.training.clock import Clock, learning_rate
@@ -50,9 +52,24 @@ def test_balance_needs_classes(tmp_path: Path) -> None:
     order = order_of(data, made, tmp_path)
     assert isinstance(order, Shuffled)
     assert len(order.train) == len(data.train)  # as many of each class already
-    data.labels = None  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(LimnerError, match="needs the label among the conditions"):
-        order_of(data, made, tmp_path)
+    told: list[str] = []
+    data.groups = None  # pyright: ignore[reportAttributeAccessIssue]
+    order = order_of(data, made, tmp_path, say=told.append)
+    assert isinstance(order, Shuffled)
+    assert order.train.tolist() == data.train.tolist()
+    assert "no label column" in told[0]
+
+
+def test_balance_takes_the_label_column_of_a_model_that_is_told_of_captions_alone(tmp_path: Path) -> None:
+    rows = ["file_name,label,text", *(f"{n}.png,{'cat' if n else 'dog'},picture {n}" for n in range(5))]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    for n in range(5):
+        Image.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    data = prepare(DataConfig(source=str(tmp_path), held_out=0), ["text"])
+    assert data.labels is None
+    order = order_of(data, recipe(balance=1.0), tmp_path)
+    assert isinstance(order, Shuffled)
+    assert sorted(order.train.tolist()) == [0, 0, 0, 0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("accumulate", "processes"), [(1, 1), (4, 1), (1, 2), (2, 2)])

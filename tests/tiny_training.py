@@ -27,7 +27,7 @@ class Pictures:
 
     def __init__(self, rows: int = 48, held_out: int = 8) -> None:
         chance = np.random.default_rng(0)
-        self.labels = np.arange(rows) % 2
+        self.labels = self.groups = np.arange(rows) % 2
         self.pixels = chance.integers(0, 120, (rows, SIZE, SIZE, 3), dtype=np.uint8)
         self.pixels[self.labels == 0, :, :, 0] += 120
         self.pixels[self.labels == 1, :, :, 2] += 120

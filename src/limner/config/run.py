@@ -94,7 +94,9 @@ class TrainingConfig(Section):
         default=0.0, ge=0, description="weight of alignment with a pretrained network's features (REPA); 0: none"
     )
     balance: Fraction = Field(
-        default=0.0, description="0: every row once an epoch; 1: rows of rare classes so often that classes come alike"
+        default=0.0,
+        description="0: every row once an epoch; 1: rows of rare classes so often that classes come alike (by "
+        "the label column, whether or not it is a condition)",
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"

@@ -23,7 +23,7 @@ from limner.data.conditions import RANDOM, AtOnce, Condition, Labels, Texts, by_
 from limner.data.overlays import SemanticMaps
 from limner.data.pixels import Pixels, Progress, View, decode_all
 from limner.data.roles import find_roles, read_labels, read_texts
-from limner.data.sources import Problem, refuse
+from limner.data.sources import Problem, Source, refuse
 from limner.errors import LimnerError
 
 HELD_OUT_MOST = 2048
@@ -37,7 +37,8 @@ class Dataset:
     """Pictures as memory-mapped uint8 and their conditions.
 
     `train` and `held_out` are row numbers in a fixed random order that depends on the number of rows alone.
-    `digest` names the contents: pixels after resizing, labels, class names, captions.
+    `digest` names the contents: pixels after resizing, labels, class names, captions. `groups` (N,) are the numbers
+    of the label column, whether the model is told of it or not; None where there is none.
     """
 
     pixels: Pixels
@@ -47,6 +48,7 @@ class Dataset:
     held_out: npt.NDArray[np.int64]
     flip: bool = False
     notes: tuple[str, ...] = field(default=())
+    groups: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -172,7 +174,17 @@ def prepare(
     notes = [*source.notes, *(note for known in conditions.values() for note in getattr(known, "notes", ()))]
     train, held_out = split_rows(len(pixels), config.held_out)
     digest = digest_of(pixels, conditions)
-    return Dataset(pixels, conditions, digest, train, held_out, flip=config.flip, notes=tuple(notes))
+    return Dataset(pixels, conditions, digest, train, held_out, flip=config.flip, notes=tuple(notes),
+                   groups=_groups(source, roles.label))  # fmt: skip
+
+
+def _groups(source: Source, label: str | None) -> npt.NDArray[np.int64] | None:
+    if label is None:
+        return None
+    try:
+        return read_labels(source, label, lambda _: None)[0]
+    except LimnerError:  # a column that only looks like one of labels, and isn't asked for
+        return None
 
 
 def conditions_in(config: DataConfig) -> frozenset[str]:

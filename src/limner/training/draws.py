@@ -101,9 +101,10 @@ def rows_at(positions: range, rows: int, seed: int) -> npt.NDArray[np.int64]:
 def balanced(rows: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.int64]:
     """The rows of rare classes several times: about (count of the commonest class / count of its own) ** share.
 
-    rows: (N,) row numbers; labels: the class of every row of the data set; share: 0 to 1.
+    rows: (N,) row numbers; labels: the class of every row of the data set, -1 without one, which counts as a class;
+    share: 0 to 1.
     """
-    own = labels[rows]
+    own = labels[rows] + 1
     counts = np.bincount(own)
     return np.repeat(rows, np.rint((counts.max() / counts[own]) ** share).astype(np.int64))
 

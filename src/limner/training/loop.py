@@ -120,7 +120,8 @@ class Training:
                  display: Display) -> None:  # fmt: skip
         self.task, self.data, self.config, self.settings = task, data, config, config.training
         self.out, self.clock, self.accelerator, self.display = out, clock, accelerator, display
-        self.order = order_of(data, config, out, accelerator.process_index, accelerator.num_processes)
+        self.order = order_of(data, config, out, accelerator.process_index, accelerator.num_processes,
+                              display.say)  # fmt: skip
         self.place: Any = None
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.share = Share(accelerator.process_index, accelerator.num_processes, self.add_up)

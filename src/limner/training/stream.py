@@ -26,15 +26,16 @@ CORRUPT = "corrupt.jsonl"
 _REMEMBERED = 4
 
 
-def order_of(data: Source, config: RunConfig, out: Path, process: int = 0, processes: int = 1) -> Order:
-    """How a data set is gone through: shuffled as a whole, or as a stream. Raises LimnerError as `StreamOrder`, and
-    where classes are to be balanced that the data doesn't have, or that come from a stream."""
+def order_of(data: Source, config: RunConfig, out: Path, process: int = 0, processes: int = 1,
+             say: Callable[[str], None] = print) -> Order:  # fmt: skip
+    """How a data set is gone through: shuffled as a whole, or as a stream. `say` is told where classes are to be
+    balanced that the data doesn't have. Raises LimnerError as `StreamOrder`, and where they come from a stream."""
     share = config.training.balance
     if not isinstance(data, StreamDataset):
-        labels = getattr(data, "labels", None)
-        if share and labels is None:
-            raise LimnerError("training.balance: needs the label among the conditions; this model is told of none")
-        train = balanced(data.train, labels, share) if share and labels is not None else data.train
+        groups = getattr(data, "groups", None)
+        if share and groups is None:
+            say(f"training.balance = {share:g}: no label column to balance by; every row comes once an epoch")
+        train = balanced(data.train, groups, share) if share and groups is not None else data.train
         return Shuffled(train, config.training.seed)
     if share:
         raise LimnerError("training.balance: a stream has every row once an epoch; leave it 0, or data.stream off")
