@@ -19,6 +19,7 @@ from limner.config import DataConfig
 from limner.data import cache, transforms
 from limner.data.dataset import Dataset, prepare, split_rows
 from limner.errors import LimnerError
+from limner.native import cache_root
 from pictures import class_folder, encode, metadata_folder, parquet, picture, pixels, write
 
 
@@ -27,7 +28,7 @@ def read(source: Path, *wants: str, **settings: object) -> Dataset:
 
 
 def entries() -> list[Path]:
-    home = cache.root() / "pixels"
+    home = cache_root() / "pixels"
     return sorted(path for path in home.iterdir() if path.is_dir()) if home.exists() else []
 
 

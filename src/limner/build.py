@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from limner import config as c
+from limner import native
 from limner.core import schedule as schedules
 from limner.core.denoiser import network_denoiser
 from limner.core.types import Denoise
@@ -106,6 +107,8 @@ def ready(model: Model, device: torch.device, *, int8: bool = False) -> None:
 
     int8: what draws, the network and the decoder, computes in 8 bits where that pays; LimnerError where it can't.
     """
+    if device.type == "cpu":
+        native.keep_memory()
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         model.eval()
         return

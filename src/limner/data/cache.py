@@ -17,16 +17,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from limner.errors import LimnerError
+from limner.native import cache_root
 
 _SEAL = "seal.json"
 _BLOCK = 1 << 20
 _BLOCKS = 256
-
-
-def root() -> Path:
-    """`$LIMNER_CACHE`, else `~/.cache/limner`."""
-    chosen = os.environ.get("LIMNER_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "limner"
 
 
 def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
@@ -35,7 +30,7 @@ def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     Safe with any number of processes: the first builds, the others wait and then use what it built. A builder that
     is killed leaves nothing that could be taken for an entry. Raises LimnerError when the cache cannot be written.
     """
-    home = root() / kind
+    home = cache_root() / kind
     final = home / key
     try:
         home.mkdir(parents=True, exist_ok=True)

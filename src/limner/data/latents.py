@@ -25,12 +25,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from limner.data import cache
 from limner.data.dataset import Dataset, Rows
 from limner.data.pixels import Progress
 from limner.data.sources import Problem
 from limner.data.stream import StreamDataset, refuse_many
 from limner.errors import LimnerError
+from limner.native import cache_root
 from limner.nn.autoencoder import Autoencoder
 
 SHARD_BYTES = 1 << 26
@@ -90,7 +90,7 @@ def with_latents(dataset: Dataset, autoencoder: Autoencoder, *, directory: Path 
     if dataset.pixels.has_margins:
         raise LimnerError("data.crop: random crops can't be cached as latents; it should be center")
     key = cache_key(dataset, autoencoder)
-    home = directory or cache.root() / "latents" / key
+    home = directory or cache_root() / "latents" / key
     height, width = (side // autoencoder.factor for side in dataset.size)
     kinds = (1 if autoencoder.quantizer else 2) * (2 if dataset.flip else 1)
     rows_per_shard = max(1, SHARD_BYTES // (2 * kinds * autoencoder.latent_channels * height * width))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limner.nn.norm import GroupNorm
+from limner.nn.winograd import Conv3x3
 
 Modulation = Literal["scale_shift", "add"]
 Resample = Literal["down", "up"]
@@ -89,7 +90,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, convolve: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else None
+        self.conv = Conv3x3(channels, channels) if convolve else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None, tokens: Tensor | None = None,
                 token_mask: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -112,12 +113,12 @@ class ResBlock(nn.Module):
                  groups: int = 32, eps: float = 1e-5) -> None:  # fmt: skip
         super().__init__()
         self.norm1 = GroupNorm(channels, groups, eps)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(channels, out_channels)
         self.adaptive = modulation == "scale_shift"
         self.emb = nn.Linear(emb_channels, out_channels * (1 + self.adaptive)) if emb_channels else None
         self.norm2 = GroupNorm(out_channels, groups, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zeroed(Conv3x3(out_channels, out_channels))
         self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
         resamplers = {"down": Downsample, "up": Upsample}
         self.resample = resamplers[resample](channels, convolve=False) if resample else nn.Identity()
@@ -145,8 +146,8 @@ class SpatialNorm(nn.Module):
                  eps: float = 1e-5) -> None:  # fmt: skip
         super().__init__()
         self.norm = GroupNorm(channels, groups, eps)
-        self.shared = nn.Conv2d(spatial_channels, hidden, 3, padding=1)
-        self.out = zeroed(nn.Conv2d(hidden, 2 * channels, 3, padding=1))
+        self.shared = Conv3x3(spatial_channels, hidden)
+        self.out = zeroed(Conv3x3(hidden, 2 * channels))
 
     def forward(self, x: Tensor, spatial: Tensor) -> Tensor:
         """x (B, C, h, w); spatial (B, Cs, H, W) with H and W multiples of h and w, reduced by its means."""

@@ -1,19 +1,28 @@
 """Group norm with what follows it, AdaGN's scale and shift and SiLU, in one pass over the picture.
 
 PyTorch's own group norm is slow on a CPU in channels_last, and each following operation reads and writes the whole
-picture again. Here the norm and the modulation become one affine map per picture and channel, a x + b. On a GPU small
-networks wait for the host's calls instead, and PyTorch's kernels are half as many.
+picture again. Here the norm and the modulation become one affine map per picture and channel, a x + b; in float32 by
+the loops of `norm.c`, where they can be had. On a GPU small networks wait for the host's calls instead, and PyTorch's
+kernels are half as many.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from limner import native
+
+WIDTH = 16
+"""Channels that the loops in C take at once; others are left to PyTorch."""
 
 
 class GroupNorm(nn.GroupNorm):
@@ -57,6 +66,11 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Tensor, groups: int,
                 eps: float, silu: bool) -> Tensor:  # fmt: skip
         pixels = _rows(x)
+        if native_pays(pixels, gamma, groups):
+            y, mean, rstd = _by_loops(pixels, gamma, beta, scale, shift, groups, eps, silu)
+            ctx.save_for_backward(pixels, gamma, beta, scale, shift, mean, rstd)
+            ctx.groups, ctx.silu = groups, silu
+            return _picture(y, x)
         exact = pixels.float() if pixels.dtype != torch.float64 else pixels
         sums = torch.stack([exact.sum(1), exact.square().sum(1)])
         mean, rstd = _moments(sums, pixels.shape[1], groups, eps)
@@ -73,6 +87,11 @@ class _Normalise(torch.autograd.Function):
         (grad,) = grad_outputs
         pixels, gamma, beta, scale, shift, mean, rstd = ctx.saved_tensors
         dh = _rows(grad).to(pixels.dtype)
+        if native_pays(pixels, gamma, ctx.groups):
+            dx, total, with_hat = _back_by_loops(
+                dh, pixels, gamma, beta, scale, shift, mean, rstd, ctx.groups, ctx.silu
+            )
+            return _gradients(_picture(dx, grad), total, with_hat, gamma, beta, scale, shift)
         if ctx.silu:
             gain = rstd * gamma * (1 + scale)
             h = _affine(pixels, gain, beta * (1 + scale) + shift - mean * gain)
@@ -86,23 +105,30 @@ class _Normalise(torch.autograd.Function):
         # dx = rstd (weight dh - share_1 - x_hat share_2), gathered by x
         slope = -rstd.square() * share_2
         dx = _affine(dh, rstd * weight, -rstd * share_1 - mean * slope).addcmul_(pixels, slope[:, None].to(dh.dtype))
-        dscale = gamma * with_hat + beta * total
-        return (
-            _picture(dx, grad),
-            ((1 + scale) * with_hat).sum(0).to(gamma.dtype),
-            ((1 + scale) * total).sum(0).to(beta.dtype),
-            dscale if scale.dim() else None,
-            total if shift.dim() else None,
-            None,
-            None,
-            None,
-        )
+        return _gradients(_picture(dx, grad), total, with_hat, gamma, beta, scale, shift)
+
+
+def _gradients(dx: Tensor, total: Tensor, with_hat: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor,
+               shift: Tensor) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """By every input of `_Normalise`, from the sums (B, C) over the pixels of dh and of dh x_hat."""
+    return (
+        dx,
+        ((1 + scale) * with_hat).sum(0).to(gamma.dtype),
+        ((1 + scale) * total).sum(0).to(beta.dtype),
+        gamma * with_hat + beta * total if scale.dim() else None,
+        total if shift.dim() else None,
+        None,
+        None,
+        None,
+    )
 
 
 def _normalised(x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float,
                 silu: bool) -> Tensor:  # fmt: skip
     """What `_Normalise` computes, where no gradients are wanted: every pass after the first writes where that wrote."""
     pixels = _rows(x)
+    if native_pays(pixels, gamma, groups):
+        return _picture(_by_loops(pixels, gamma, beta, scale, shift, groups, eps, silu)[0], x)
     if pixels.dtype not in (torch.float32, torch.float64):
         return _Normalise.apply(x, gamma, beta, scale, shift, groups, eps, silu)
     h = pixels * pixels
@@ -110,6 +136,49 @@ def _normalised(x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Te
     gain = rstd * gamma * (1 + scale)
     h = _affine(pixels, gain, beta * (1 + scale) + shift - mean * gain, out=h)
     return _picture(F.silu(h, inplace=True) if silu else h, x)
+
+
+def native_pays(pixels: Tensor, gamma: Tensor, groups: int) -> bool:
+    """Whether the loops of `norm.c` can be had for pixels (B, N, C)."""
+    return native.takes(pixels, gamma) and pixels.shape[2] % WIDTH == 0 and _library() is not None
+
+
+def _by_loops(pixels: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float,
+              silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (B, N, C), mean and 1 / standard deviation (B, C)."""
+    pixels = pixels.contiguous()
+    y = torch.empty_like(pixels)
+    mean, rstd = (pixels.new_empty(len(pixels), pixels.shape[2]) for _ in range(2))
+    native.call(_library(), "limner_norm", pixels, gamma, beta, _each(scale), _each(shift), y, mean, rstd,
+                _Norm(*pixels.shape, groups), eps, silu)  # fmt: skip
+    return y, mean, rstd
+
+
+def _back_by_loops(dh: Tensor, pixels: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Tensor, mean: Tensor,
+                   rstd: Tensor, groups: int, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx (B, N, C), and the sums (B, C) over the pixels of dh, past SiLU, and of dh x_hat."""
+    dx, (total, with_hat) = dh.new_empty(dh.shape), mean.new_empty(2, *mean.shape)
+    native.call(_library(), "limner_norm_back", pixels.contiguous(), dh.contiguous(), gamma, beta, _each(scale),
+                _each(shift), mean, rstd, dx, total, with_hat, _Norm(*pixels.shape, groups), silu)  # fmt: skip
+    return dx, total, with_hat
+
+
+def _each(modulation: Tensor) -> Tensor | None:
+    """(B, C) one after another; the zero that stands for none is none."""
+    return modulation.contiguous() if modulation.dim() else None
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("batch", "pixels", "channels", "groups")]
+
+
+@lru_cache
+def _library() -> ctypes.CDLL | None:
+    place, number = ctypes.c_void_p, ctypes.c_long
+    return native.library(Path(__file__).with_name("norm.c"), {
+        "limner_norm": [*[place] * 8, _Norm, ctypes.c_float, number],
+        "limner_norm_back": [*[place] * 11, _Norm, number],
+    })  # fmt: skip
 
 
 def _moments(sums: Tensor, count: int, groups: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from limner import native
 from limner.config import TrainingConfig
 from limner.errors import LimnerError
 from limner.rendezvous import INIT_METHOD
@@ -37,6 +38,7 @@ def tune(device: torch.device, deterministic: bool = False) -> None:
         torch.backends.cudnn.benchmark = not deterministic
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
+        native.keep_memory()
         # Until it is set, MKL chooses a number of threads for each product, and with it the order of its sums.
         torch.set_num_threads(torch.get_num_threads())
 
