@@ -46,7 +46,7 @@ class GroupNorm(nn.GroupNorm):
         scale = self.weight.new_zeros(()) if scale is None else scale
         shift = self.weight.new_zeros(()) if shift is None else shift
         given = (input, self.weight, self.bias, scale.float(), shift.float(), self.num_groups, self.eps, silu)
-        return _Normalise.apply(*given) if torch.is_grad_enabled() else _normalised(*given)
+        return _Normalise.apply(*given)
 
     def by_kernels(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, *, silu: bool) -> Tensor:
         """The same by PyTorch's kernels, in the dtype of x; differentiable any number of times."""
@@ -88,9 +88,8 @@ class _Normalise(torch.autograd.Function):
         pixels, gamma, beta, scale, shift, mean, rstd = ctx.saved_tensors
         dh = _rows(grad).to(pixels.dtype)
         if native_pays(pixels, gamma, ctx.groups):
-            dx, total, with_hat = _back_by_loops(
-                dh, pixels, gamma, beta, scale, shift, mean, rstd, ctx.groups, ctx.silu
-            )
+            given = (pixels, gamma, beta, scale, shift, mean, rstd, ctx.groups, ctx.silu)
+            dx, total, with_hat = _back_by_loops(dh, *given)
             return _gradients(_picture(dx, grad), total, with_hat, gamma, beta, scale, shift)
         if ctx.silu:
             gain = rstd * gamma * (1 + scale)
@@ -121,21 +120,6 @@ def _gradients(dx: Tensor, total: Tensor, with_hat: Tensor, gamma: Tensor, beta:
         None,
         None,
     )
-
-
-def _normalised(x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float,
-                silu: bool) -> Tensor:  # fmt: skip
-    """What `_Normalise` computes, where no gradients are wanted: every pass after the first writes where that wrote."""
-    pixels = _rows(x)
-    if native_pays(pixels, gamma, groups):
-        return _picture(_by_loops(pixels, gamma, beta, scale, shift, groups, eps, silu)[0], x)
-    if pixels.dtype not in (torch.float32, torch.float64):
-        return _Normalise.apply(x, gamma, beta, scale, shift, groups, eps, silu)
-    h = pixels * pixels
-    mean, rstd = _moments(torch.stack([pixels.sum(1), h.sum(1)]), pixels.shape[1], groups, eps)
-    gain = rstd * gamma * (1 + scale)
-    h = _affine(pixels, gain, beta * (1 + scale) + shift - mean * gain, out=h)
-    return _picture(F.silu(h, inplace=True) if silu else h, x)
 
 
 def native_pays(pixels: Tensor, gamma: Tensor, groups: int) -> bool:
@@ -197,9 +181,9 @@ def _picture(rows: Tensor, like: Tensor) -> Tensor:
     return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
-def _affine(rows: Tensor, gain: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:
+def _affine(rows: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     """rows (B, N, C) times gain (B, C) plus offset (B, C), in the dtype of rows."""
-    return torch.addcmul(offset[:, None].to(rows.dtype), rows, gain[:, None].to(rows.dtype), out=out)
+    return torch.addcmul(offset[:, None].to(rows.dtype), rows, gain[:, None].to(rows.dtype))
 
 
 def _over_group(sums: Tensor, groups: int) -> Tensor:
