@@ -24,7 +24,7 @@ from limner.training.devices import wants_compile
 from limner.training.draws import Batches, Part, Shuffled, balanced, rows_at, seed_of
 from limner.training.progress import Display, MetricsFile, duration
 from limner.training.stream import order_of
-from limner.training.task import Means, band_names, by_band, total
+from limner.training.task import Means, band_names, by_band, to_device, total
 from tiny_training import Pictures, recipe
 
 
@@ -223,3 +223,10 @@ def test_flips_are_drawn_for_about_half_of_the_rows() -> None:
         seen += len(rows)
     assert 0.4 < flipped / seen < 0.6
     assert isinstance(rows, np.ndarray)
+
+
+def test_the_host_keeps_the_numbers_of_a_batchs_rows() -> None:
+    batch = {"row": torch.arange(3), "image": torch.zeros(3, 3, 4, 4), "text": ["a", "b", "c"]}
+    moved = to_device(batch, torch.device("meta"))
+    assert [moved[key].device.type for key in ("row", "image")] == ["cpu", "meta"]
+    assert moved["text"] == batch["text"]

@@ -9,9 +9,14 @@ the cache. */
 #include <omp.h>
 #include <stdlib.h>
 
+#ifdef __AVX512F__
 #define WIDTH 16 /* channels in one vector */
+#define ROWS 8   /* of a product of matrices that are worked out together, as many as there are registers for */
+#else
+#define WIDTH 8
+#define ROWS 4
+#endif
 #define PANEL (2 * WIDTH)
-#define ROWS 8   /* of a product of matrices that are worked out together */
 #define BLOCK 48 /* tiles in work at a time: they are to stay in the cache next to the core */
 #define SHARED 96 /* the same, where all cores work on them */
 
@@ -90,7 +95,7 @@ INLINE void g_t(const v *from, int step, v *to, int apart) { /* G^T u */
 
 /* --- tiles of a picture ----------------------------------------------------------------------------------------- */
 
-/* The `size` x `size` pixels from (top, left) on of 16 channels of a picture. */
+/* The `size` x `size` pixels from (top, left) on of WIDTH channels of a picture. */
 INLINE void cut(const float *picture, Shape s, long top, long left, int size, v *pixels) {
     for (int i = 0; i < size; i++)
         for (int j = 0; j < size; j++) {

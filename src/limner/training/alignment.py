@@ -67,7 +67,7 @@ class Alignment:
         (hidden,) = self.seen
         self.seen.clear()
         self.device = hidden.device
-        target = self._targets(rows.cpu().numpy(), hidden.shape[2:]).to(hidden.device)
+        target = self._targets(rows.numpy(), hidden.shape[2:]).to(hidden.device)
         target = torch.where(mirrored[:, None, None, None], target.flip(3), target)
         return self._apart(hidden, target), self._apart(hidden.detach(), target)
 

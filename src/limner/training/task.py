@@ -86,8 +86,10 @@ def total(values: Tensor) -> Tensor:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on the device."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors on the device, but for the numbers of its rows: the host alone asks for them and
+    would have to wait for a GPU."""
+    tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "row"}
+    return {**batch, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()}}
 
 
 class Means:
