@@ -66,6 +66,17 @@ def test_a_convolution_and_its_gradients(shape: tuple[int, ...], layout: Any, lo
 
 
 @pytest.mark.usefixtures("loops")
+def test_a_residual_is_added_and_has_its_gradient() -> None:
+    torch.manual_seed(0)
+    conv, x = Conv3x3(32, 48), torch.randn(8, 32, 17, 18)
+    beside = torch.randn(8, 48, 17, 18, requires_grad=True)
+    y = conv(x, beside)
+    assert near(y.detach(), (F.conv2d(x, conv.weight, conv.bias, padding=1) + beside).detach(), 2e-4)
+    upstream = torch.randn(y.shape)
+    assert torch.equal(*torch.autograd.grad(y, [beside], upstream), upstream)
+
+
+@pytest.mark.usefixtures("loops")
 def test_only_the_gradients_that_are_wanted() -> None:
     conv, x = Conv3x3(32, 32), torch.randn(8, 32, 16, 16)
     conv(x).sum().backward()

@@ -132,7 +132,7 @@ class ResBlock(nn.Module):
             h = self.norm2(h, *self.emb(emb).chunk(2, dim=1), silu=True)
         else:
             h = self.norm2(h + self.emb(emb)[:, :, None, None], silu=True)
-        return self.skip(self.resample(x)) + self.conv2(self.dropout(h))
+        return self.conv2(self.dropout(h), self.skip(self.resample(x)))
 
 
 class SpatialNorm(nn.Module):

@@ -136,11 +136,12 @@ INLINE void take(const float *picture, Shape s, long first, long from_row, long 
         }
 }
 
-/* A^T m A + bias of `wide` channels of a block of tiles (36, BLOCK, PANEL), into the picture. */
-INLINE void put(const float *tiles, const float *bias, float *picture, Shape s, long first, long last, int wide) {
+/* A^T m A + bias + residual of `wide` channels of a block of tiles (36, BLOCK, PANEL), into the picture. */
+INLINE void put(const float *tiles, const float *bias, const float *residual, float *picture, Shape s, long first,
+                long last, int wide) {
     Tiles t = tiles_of(s);
     for (long tile = first; tile < last; tile++) {
-        float *to = picture + tile / (t.down * t.across) * s.height * s.width * s.channels;
+        long start = tile / (t.down * t.across) * s.height * s.width * s.channels;
         long top = tile / t.across % t.down * 4, left = tile % t.across * 4;
         for (int c = 0; c < wide; c += WIDTH) {
             v m[36], half[24], y[16], b = bias ? AT(bias, c) : (v){0};
@@ -148,8 +149,10 @@ INLINE void put(const float *tiles, const float *bias, float *picture, Shape s, 
             for (int j = 0; j < 6; j++) a_t(m + j, 6, half + j, 6);
             for (int i = 0; i < 4; i++) a_t(half + 6 * i, 1, y + 4 * i, 1);
             for (int i = 0; i < 4 && top + i < s.height; i++)
-                for (int j = 0; j < 4 && left + j < s.width; j++)
-                    AT(to, ((top + i) * s.width + left + j) * s.channels + c) = y[i * 4 + j] + b;
+                for (int j = 0; j < 4 && left + j < s.width; j++) {
+                    long here = start + ((top + i) * s.width + left + j) * s.channels + c;
+                    AT(picture, here) = y[i * 4 + j] + b + (residual ? AT(residual, here) : (v){0});
+                }
         }
     }
 }
@@ -193,8 +196,9 @@ int limner_filters(const float *filters, long y, long x, long in, long out, long
     return 0;
 }
 
-/* (N, H, W, C) and filters (36, C, O) in panels -> (N, H, W, O) + bias, which may be NULL. */
-int limner_convolve(const float *picture, const float *filters, const float *bias, float *to, Shape s, long outs) {
+/* (N, H, W, C) and filters (36, C, O) in panels -> (N, H, W, O) + bias (O) + residual (N, H, W, O), or NULL for them. */
+int limner_convolve(const float *picture, const float *filters, const float *bias, const float *residual, float *to,
+                    Shape s, long outs) {
     long ins = s.channels, count = tiles_of(s).count, threads = omp_get_max_threads();
     Shape result = {s.pictures, s.height, s.width, outs};
     long blocks = (count + BLOCK * threads - 1) / (BLOCK * threads) * threads; /* as many for each thread */
@@ -219,7 +223,7 @@ int limner_convolve(const float *picture, const float *filters, const float *bia
                         if (wide == PANEL) multiply(x, ins, 1, y, PANEL, ins, 2, out, PANEL, 0);
                         else multiply(x, ins, 1, y, WIDTH, ins, 1, out, PANEL, 0);
                     }
-                put(made, bias ? bias + o : NULL, to + o, result, first, last, wide);
+                put(made, bias ? bias + o : NULL, residual ? residual + o : NULL, to + o, result, first, last, wide);
             }
         }
         free(seen);

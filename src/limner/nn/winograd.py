@@ -26,7 +26,7 @@ from limner import native
 TILE = 4
 WIDTH = 16
 """Channels that the loops take at once; others are left to PyTorch."""
-LEAST_CHANNELS, LEAST_TILES, LEAST_TILES_OF_ONE = 32, 128, 16
+LEAST_CHANNELS, LEAST_TILES, LEAST_TILES_OF_ONE = 32, 64, 16
 """Below these the transforms cost what the products save: tiles of a batch in training; of one picture where weights
 are frozen, so that no picture's roundings depend on how many are drawn with it."""
 
@@ -38,10 +38,12 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution of the input, plus the residual (B, O, H, W)."""
         if not pays(input, self.weight):
-            return super().forward(input)
-        return _Winograd.apply(input, self.weight, self.bias)
+            y = super().forward(input)
+            return y if residual is None else residual + y
+        return _Winograd.apply(input, self.weight, self.bias, residual)
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
@@ -57,29 +59,30 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         rows = _rows(x)
         ctx.save_for_backward(rows, weight)
-        return _picture(_convolve(rows, _filters(weight), bias))
+        return _picture(_convolve(rows, _filters(weight), bias, None if residual is None else _rows(residual)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         rows, weight = ctx.saved_tensors
         grad = _rows(grad_outputs[0])
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad
         turned = _filters(weight, turned=True) if of_x else None
         return (
-            None if turned is None else _picture(_convolve(grad, turned, None)),
+            None if turned is None else _picture(_convolve(grad, turned)),
             _by_filter(rows, grad) if of_weight else None,
             grad.sum((0, 1, 2)) if of_bias else None,
+            grad_outputs[0] if of_residual else None,
         )
 
 
-def _convolve(rows: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
-    """rows (B, H, W, C) and filters (36, C, O) -> (B, H, W, O)."""
+def _convolve(rows: Tensor, filters: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """rows (B, H, W, C) and filters (36, C, O) -> (B, H, W, O), plus bias (O) and residual (B, H, W, O)."""
     y = rows.new_empty(*rows.shape[:3], filters.shape[2])
-    native.call(_library(), "limner_convolve", rows, filters, bias, y, _Shape(*rows.shape), y.shape[3])
+    native.call(_library(), "limner_convolve", rows, filters, bias, residual, y, _Shape(*rows.shape), y.shape[3])
     return y
 
 
@@ -123,6 +126,6 @@ def _library() -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
     return native.library(Path(__file__).with_name("winograd.c"), {
         "limner_filters": [place, *[number] * 6, place],
-        "limner_convolve": [*[place] * 4, _Shape, number],
+        "limner_convolve": [*[place] * 5, _Shape, number],
         "limner_by_filter": [*[place] * 3, _Shape, number],
     })  # fmt: skip
