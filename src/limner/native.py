@@ -90,7 +90,13 @@ def _key(source: Path) -> str:
     """Names the source, how it is compiled, and the kind of processor: a home may be shared by different machines."""
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     kind = "".join(line for line in cpu if line.startswith(("model", "flags", "Features", "CPU part")))
-    parts = (source.read_bytes(), " ".join(FLAGS).encode(), platform.machine().encode(), kind.encode())
+    files = (source, *sorted(source.parent.glob("*.h")))
+    parts = (
+        *(file.read_bytes() for file in files),
+        " ".join(FLAGS).encode(),
+        platform.machine().encode(),
+        kind.encode(),
+    )
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
 

@@ -1,17 +1,9 @@
 /* Group norm, (1 + scale) GroupNorm(x) + shift, and SiLU after it: forward in two passes over each picture, backward in
 two. Pictures are (B, N pixels, C); scale and shift (B, C) or NULL; C is a multiple of WIDTH. */
 
-#ifdef __AVX512F__
-#define WIDTH 16 /* channels in one vector */
-#else
-#define WIDTH 8
-#endif
-#define RUN 64   /* pixels whose sum is taken before it is added to the rest: so less is rounded away */
+#include "vectors.h"
 
-typedef float v __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef int whole __attribute__((vector_size(4 * WIDTH), aligned(4)));
-#define AT(base, offset) (*(v *)((base) + (offset)))
-#define INLINE static inline __attribute__((always_inline))
+#define RUN 64 /* pixels whose sum is taken before it is added to the rest: so less is rounded away */
 
 typedef struct { long batch, pixels, channels, groups; } Norm;
 

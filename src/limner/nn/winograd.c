@@ -9,20 +9,12 @@ the cache. */
 #include <omp.h>
 #include <stdlib.h>
 
-#ifdef __AVX512F__
-#define WIDTH 16 /* channels in one vector */
-#define ROWS 8   /* of a product of matrices that are worked out together, as many as there are registers for */
-#else
-#define WIDTH 8
-#define ROWS 4
-#endif
+#include "vectors.h"
+
+#define ROWS (WIDTH / 2) /* of a product of matrices that are worked out together, as many as there are registers for */
 #define PANEL (2 * WIDTH)
 #define BLOCK 48 /* tiles in work at a time: they are to stay in the cache next to the core */
 #define SHARED 96 /* the same, where all cores work on them */
-
-typedef float v __attribute__((vector_size(4 * WIDTH), aligned(4)));
-#define AT(base, offset) (*(v *)((base) + (offset)))
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct { long pictures, height, width, channels; } Shape;
 typedef struct { long across, down, count; } Tiles;
