@@ -93,7 +93,7 @@ def test_a_frozen_networks_picture_is_the_same_alone_and_among_others() -> None:
     for size in (8, 16, 23):
         x = torch.randn(9, 32, size, size)
         assert winograd.pays(x, conv.weight) == winograd.pays(x[:1], conv.weight) == (HERE and size > 8)
-        if size > 8:
+        if HERE and size > 8:
             assert torch.equal(normed(conv(x))[:1], normed(conv(x[:1])))
 
 
