@@ -28,12 +28,12 @@ Works = Callable[[], Tensor]
 def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether the loops are to be had: both ways have to hold."""
     for module in (norm, winograd):
-        module._library.cache_clear()
+        module._loops.cache_clear()
     if request.param == "by PyTorch":
         monkeypatch.setenv("LIMNER_NATIVE", "0")
     yield HERE and request.param == "in C"
     for module in (norm, winograd):
-        module._library.cache_clear()
+        module._loops.cache_clear()
 
 
 def gradients(work: Works, inputs: list[Tensor], seed: int = 0) -> list[Tensor]:
@@ -160,8 +160,8 @@ def test_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     source = tmp_path / "seven.c"
     source.write_text("int seven(long add) { return add - 7; }\n")
     with ThreadPoolExecutor(4) as pool:  # several processes may ask at once, here threads
-        found = list(pool.map(lambda _: native.library(source, {"seven": [native.ctypes.c_long]}), range(4)))
-    assert all((library is not None) == HERE for library in found)
+        found = list(pool.map(lambda _: native.compiled(source, {"seven": [native.ctypes.c_long]}), range(4)))
+    assert all((loops is not None) == HERE for loops in found)
     if not HERE:
         return
     native.call(found[0], "seven", 7)
@@ -169,24 +169,24 @@ def test_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         native.call(found[0], "seven", 8)
     (kept,) = (tmp_path / "cache" / "native").iterdir()
     before = kept.stat().st_mtime_ns
-    assert native.library(source, {}) is not None
+    assert native.compiled(source, {}) is not None
     assert kept.stat().st_mtime_ns == before
     source.write_text("int eight(void) { return 0; }\n")
-    assert native.library(source, {"eight": []}) is not None
+    assert native.compiled(source, {"eight": []}) is not None
 
 
 def test_without_a_compiler_nothing_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "wrong.c"
     source.write_text("this is not C\n")
-    assert native.library(source, {}) is None
+    assert native.compiled(source, {}) is None
     source.write_text("int right(void) { return 0; }\n")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "which", lambda _: None)
-        assert native.library(source, {}) is None
+        assert native.compiled(source, {}) is None
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(subprocess.TimeoutExpired("cc", 1)))
-        assert native.library(source, {}) is None
+        assert native.compiled(source, {}) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "file" / "cache"))
-    assert native.library(source, {}) is None
+    assert native.compiled(source, {}) is None

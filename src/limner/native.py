@@ -40,7 +40,7 @@ def cache_root() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "limner"
 
 
-def library(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
+def compiled(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
     """A C file's functions, by name with the ctypes of what they take; they give 0, else an error. None: not Linux, no
     compiler, nowhere to keep what it makes, or LIMNER_NATIVE=0."""
     if sys.platform != "linux" or os.environ.get("LIMNER_NATIVE") == "0":
@@ -57,10 +57,10 @@ def library(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL
     return found
 
 
-def call(library: ctypes.CDLL | None, function: str, *given: Any) -> None:
+def call(loops: ctypes.CDLL | None, function: str, *given: Any) -> None:
     """Call a function, tensors by their place in memory: float32, one number after another. Raises MemoryError."""
-    assert library is not None
-    if getattr(library, function)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given)):
+    assert loops is not None
+    if getattr(loops, function)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given)):
         raise MemoryError(f"{function}: no memory left")
 
 

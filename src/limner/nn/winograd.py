@@ -53,7 +53,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         native.takes(x, weight)
         and all(n >= LEAST_CHANNELS and n % WIDTH == 0 for n in weight.shape[:2])
         and (len(x) * tiles >= LEAST_TILES if weight.requires_grad else tiles >= LEAST_TILES_OF_ONE)
-        and _library() is not None
+        and _loops() is not None
     )
 
 
@@ -82,14 +82,14 @@ class _Winograd(torch.autograd.Function):
 def _convolve(rows: Tensor, filters: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """rows (B, H, W, C) and filters (36, C, O) -> (B, H, W, O), plus bias (O) and residual (B, H, W, O)."""
     y = rows.new_empty(*rows.shape[:3], filters.shape[2])
-    native.call(_library(), "limner_convolve", rows, filters, bias, residual, y, _Shape(*rows.shape), y.shape[3])
+    native.call(_loops(), "limner_convolve", rows, filters, bias, residual, y, _Shape(*rows.shape), y.shape[3])
     return y
 
 
 def _by_filter(rows: Tensor, grad: Tensor) -> Tensor:
     """The gradient (O, C, 3, 3) from rows (B, H, W, C) and the gradient (B, H, W, O) by what came out."""
     by = rows.new_empty(grad.shape[3], 3, 3, rows.shape[3])
-    native.call(_library(), "limner_by_filter", rows, grad, by, _Shape(*rows.shape), grad.shape[3])
+    native.call(_loops(), "limner_by_filter", rows, grad, by, _Shape(*rows.shape), grad.shape[3])
     return by.permute(0, 3, 1, 2)
 
 
@@ -100,11 +100,11 @@ def _filters(weight: Tensor, turned: bool = False) -> Tensor:
     if turned:  # the last number comes first
         made = weight.new_empty(36, *weight.shape[:2])
         native.call(
-            _library(), "limner_filters", weight.data_ptr() + 4 * 2 * (y + x), -y, -x, out, ins, *weight.shape[:2], made
+            _loops(), "limner_filters", weight.data_ptr() + 4 * 2 * (y + x), -y, -x, out, ins, *weight.shape[:2], made
         )
     else:
         made = weight.new_empty(36, weight.shape[1], weight.shape[0])
-        native.call(_library(), "limner_filters", weight, y, x, ins, out, weight.shape[1], weight.shape[0], made)
+        native.call(_loops(), "limner_filters", weight, y, x, ins, out, weight.shape[1], weight.shape[0], made)
     return made
 
 
@@ -122,9 +122,9 @@ class _Shape(ctypes.Structure):
 
 
 @lru_cache
-def _library() -> ctypes.CDLL | None:
+def _loops() -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
-    return native.library(Path(__file__).with_name("winograd.c"), {
+    return native.compiled(Path(__file__).with_name("winograd.c"), {
         "limner_filters": [place, *[number] * 6, place],
         "limner_convolve": [*[place] * 5, _Shape, number],
         "limner_by_filter": [*[place] * 3, _Shape, number],
