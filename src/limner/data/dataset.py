@@ -175,12 +175,13 @@ def prepare(
     train, held_out = split_rows(len(pixels), config.held_out)
     digest = digest_of(pixels, conditions)
     return Dataset(pixels, conditions, digest, train, held_out, flip=config.flip, notes=tuple(notes),
-                   groups=_groups(source, roles.label))  # fmt: skip
+                   groups=_groups(source, roles.label, conditions.get("label")))  # fmt: skip
 
 
-def _groups(source: Source, label: str | None) -> npt.NDArray[np.int64] | None:
-    if label is None:
-        return None
+def _groups(source: Source, label: str | None, told: Condition | None) -> npt.NDArray[np.int64] | None:
+    """The numbers of the label column: those that the model is told of, where it is told of them."""
+    if label is None or isinstance(told, Labels):
+        return told.numbers if isinstance(told, Labels) else None
     try:
         return read_labels(source, label, lambda _: None)[0]
     except LimnerError:  # a column that only looks like one of labels, and isn't asked for
