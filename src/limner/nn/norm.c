@@ -47,20 +47,20 @@ int limner_norm(const float *pictures, const float *gamma, const float *beta, co
         const float *x = pictures + b * n.pixels * n.channels;
         float *y = results + b * n.pixels * n.channels, *mean = means + b * n.channels, *rstd = rstds + b * n.channels;
         float gain[n.channels], offset[n.channels];
-        for (long c = 0; c < n.channels; c += WIDTH) {
-            v sum = {0}, square = {0};
-            for (long from = 0; from < n.pixels; from += RUN) {
-                v part = {0}, part_square = {0};
-                for (long p = from; p < from + RUN && p < n.pixels; p++) {
+        for (long c = 0; c < n.channels; c++) mean[c] = rstd[c] = 0;
+        for (long from = 0; from < n.pixels; from += RUN) {
+            float part[n.channels], square[n.channels];
+            for (long c = 0; c < n.channels; c++) part[c] = square[c] = 0;
+            for (long p = from; p < from + RUN && p < n.pixels; p++)
+                for (long c = 0; c < n.channels; c += WIDTH) {
                     v seen = AT(x, p * n.channels + c);
-                    part += seen;
-                    part_square += seen * seen;
+                    AT(part, c) += seen;
+                    AT(square, c) += seen * seen;
                 }
-                sum += part;
-                square += part_square;
+            for (long c = 0; c < n.channels; c++) {
+                mean[c] += part[c] / n.pixels;
+                rstd[c] += square[c] / n.pixels;
             }
-            AT(mean, c) = sum / (float)n.pixels;
-            AT(rstd, c) = square / (float)n.pixels;
         }
         over_group(mean, n);
         over_group(rstd, n);
@@ -94,25 +94,25 @@ int limner_norm_back(const float *pictures, const float *gradients, const float 
         float *total = totals + b * n.channels, *with_hat = with_hats + b * n.channels;
         float gain[n.channels], offset[n.channels], share_1[n.channels], share_2[n.channels];
         affine(gamma, beta, scale, shift, mean, rstd, n.channels, gain, offset);
-        for (long c = 0; c < n.channels; c += WIDTH) {
-            v sum = {0}, with_x = {0};
-            for (long from = 0; from < n.pixels; from += RUN) {
-                v part = {0}, part_x = {0};
-                for (long p = from; p < from + RUN && p < n.pixels; p++) {
+        for (long c = 0; c < n.channels; c++) total[c] = with_hat[c] = 0;
+        for (long from = 0; from < n.pixels; from += RUN) {
+            float part[n.channels], part_x[n.channels];
+            for (long c = 0; c < n.channels; c++) part[c] = part_x[c] = 0;
+            for (long p = from; p < from + RUN && p < n.pixels; p++)
+                for (long c = 0; c < n.channels; c += WIDTH) {
                     v dh = AT(dy, p * n.channels + c), seen = AT(x, p * n.channels + c);
                     if (silu) {
                         v h = seen * AT(gain, c) + AT(offset, c), s = sigmoid(h);
                         dh *= s * (1 + h * (1 - s));
                     }
                     AT(dx, p * n.channels + c) = dh;
-                    part += dh;
-                    part_x += dh * (seen - AT(mean, c));
+                    AT(part, c) += dh;
+                    AT(part_x, c) += dh * (seen - AT(mean, c));
                 }
-                sum += part;
-                with_x += part_x;
+            for (long c = 0; c < n.channels; c++) {
+                total[c] += part[c];
+                with_hat[c] += part_x[c] * rstd[c];
             }
-            AT(total, c) = sum;
-            AT(with_hat, c) = with_x * AT(rstd, c);
         }
         for (long c = 0; c < n.channels; c++) {
             float weight = gamma[c] * (1 + (scale ? scale[c] : 0));
