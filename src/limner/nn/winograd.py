@@ -26,9 +26,11 @@ from limner import native
 TILE = 4
 WIDTH = 16
 """Channels that the loops take at once; others are left to PyTorch."""
-LEAST_CHANNELS, LEAST_TILES, LEAST_TILES_OF_ONE = 32, 64, 16
+LEAST_CHANNELS, LEAST_TILES, LEAST_TILES_OF_ONE = 32, 32, 16
 """Below these the transforms cost what the products save: tiles of a batch in training; of one picture where weights
 are frozen, so that no picture's roundings depend on how many are drawn with it."""
+FEW_FILTERS = 128 * 128
+"""C times O up to which transforming frozen filters costs so little that a picture of one tile gains."""
 
 
 class Conv3x3(nn.Conv2d):
@@ -48,11 +50,12 @@ class Conv3x3(nn.Conv2d):
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether Winograd's filtering can be had here and is the faster way."""
-    tiles = -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE)
+    tiles, filters = -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE), weight.shape[0] * weight.shape[1]
+    enough = tiles >= LEAST_TILES_OF_ONE or filters <= FEW_FILTERS
     return (
         native.takes(x, weight)
         and all(n >= LEAST_CHANNELS and n % WIDTH == 0 for n in weight.shape[:2])
-        and (len(x) * tiles >= LEAST_TILES if weight.requires_grad else tiles >= LEAST_TILES_OF_ONE)
+        and (len(x) * tiles >= LEAST_TILES if weight.requires_grad else enough)
         and _loops() is not None
     )
 
