@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 a second would fight with its own."""
 COMPILERS = ("gcc", "cc", "clang")
 SECONDS = 60
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+os.environ.setdefault(HUGE_PAGES, "1")
+"""PyTorch asks Linux for pages of 2 MiB for large tensors, if it finds this in the environment when the process makes
+its first tensor. Between pages of 4 KiB passes over whole pictures wait for where the next one is."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As malloc.h of glibc numbers them."""
 LARGEST, KEPT = 1 << 25, 1 << 30
@@ -46,7 +50,7 @@ def compiled(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDL
     if sys.platform != "linux" or os.environ.get("LIMNER_NATIVE") == "0":
         return None
     try:
-        kept = cache_root() / "native" / f"{source.stem}-{_key(source)}.so"
+        kept = _place(f"{source.stem}-{_key(source)}.so")
         if not kept.exists():
             _compile(source, kept)
         found = ctypes.CDLL(str(kept))
@@ -55,6 +59,21 @@ def compiled(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDL
     for name, takes in functions.items():
         getattr(found, name).argtypes = takes
     return found
+
+
+def remembered(question: str, source: Path, measure: Callable[[], bool]) -> bool:
+    """What was measured with the functions of a C file: once on each kind of processor, then kept beside them."""
+    kept = _place(f"{question}-{_key(source)}")
+    with contextlib.suppress(OSError):
+        return kept.read_text(encoding="utf-8") == str(True)
+    answer = measure()
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        made = Path(folder) / "made"
+        made.write_text(str(answer), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):  # of several processes the first one's counts
+            os.link(made, kept)
+        return kept.read_text(encoding="utf-8") == str(True)
+    return answer
 
 
 def call(loops: ctypes.CDLL | None, function: str, *given: Any) -> None:
@@ -84,6 +103,10 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, LARGEST)
         mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def _place(name: str) -> Path:
+    return cache_root() / "native" / name
 
 
 def _key(source: Path) -> str:

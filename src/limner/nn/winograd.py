@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from limner import native
 
+SOURCE = Path(__file__).with_name("winograd.c")
 TILE = 4
 WIDTH = 16
 """Channels that the loops take at once; others are left to PyTorch."""
@@ -56,8 +57,13 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         native.takes(x, weight)
         and all(n >= LEAST_CHANNELS and n % WIDTH == 0 for n in weight.shape[:2])
         and (len(x) * tiles >= LEAST_TILES if weight.requires_grad else enough)
-        and _loops() is not None
+        and available()
     )
+
+
+def available() -> bool:
+    """Whether the loops in C can be had on this machine."""
+    return _loops() is not None
 
 
 class _Winograd(torch.autograd.Function):
@@ -127,7 +133,7 @@ class _Shape(ctypes.Structure):
 @lru_cache
 def _loops() -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
-    return native.compiled(Path(__file__).with_name("winograd.c"), {
+    return native.compiled(SOURCE, {
         "limner_filters": [place, *[number] * 6, place],
         "limner_convolve": [*[place] * 5, _Shape, number],
         "limner_by_filter": [*[place] * 3, _Shape, number],
