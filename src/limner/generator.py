@@ -25,8 +25,8 @@ from limner.core.samplers import SAMPLERS
 from limner.core.types import Denoise, Noise, OnStep
 from limner.errors import LimnerError, suggest
 from limner.guide import Guide, Labels, Loaded, NoisyClassifier, label_numbers
+from limner.hardware import autocast
 from limner.nn.conditioners import Embedded
-from limner.nn.precision import autocast
 from limner.settings import Settings
 
 OUTPUTS = ("pil", "array", "tensor", "latent")

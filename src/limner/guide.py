@@ -17,8 +17,7 @@ from limner.config import RunConfig
 from limner.core.denoiser import network_time
 from limner.core.types import LogProb
 from limner.errors import LimnerError, suggest
-from limner.hardware import best_device
-from limner.nn.precision import autocast
+from limner.hardware import autocast, best_device
 from limner.settings import Settings
 
 Labels = int | str | Sequence[int | str] | Tensor | npt.NDArray[np.integer[Any]]

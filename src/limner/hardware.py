@@ -1,13 +1,17 @@
-"""What this machine offers: the device, and whether it multiplies in bf16."""
+"""What this machine offers: the device, and whether bf16 is worth it there."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 def best_device() -> torch.device:
@@ -19,11 +23,20 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bf16."""
+def uses_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether networks run under bf16 autocast; `auto` says yes where the hardware multiplies in bf16."""
+    if precision != "auto":
+        return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and _cpu_multiplies_bf16()
+
+
+def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bf16 autocast as `uses_bf16` decides, else nothing."""
+    if not uses_bf16(precision, device):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 @lru_cache

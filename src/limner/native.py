@@ -44,15 +44,18 @@ def cache_root() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "limner"
 
 
-def compiled(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
-    """A C file's functions, by name with the ctypes of what they take; they give 0, else an error. None: not Linux, no
-    compiler, nowhere to keep what it makes, or LIMNER_NATIVE=0."""
+def compiled(source: Path, functions: Mapping[str, Sequence[Any]], number: torch.dtype = torch.float32) -> (
+    ctypes.CDLL | None
+):  # fmt: skip
+    """A C file's functions, by name with the ctypes of what they take; they give 0, else an error. number: what they
+    find pictures in, float32 or bfloat16. None: not Linux, no compiler, nowhere to keep what it makes, or
+    LIMNER_NATIVE=0."""
     if sys.platform != "linux" or os.environ.get("LIMNER_NATIVE") == "0":
         return None
     try:
-        kept = _place(f"{source.stem}-{_key(source)}.so")
+        kept = _place(f"{source.stem}-{str(number).removeprefix('torch.')}-{_key(source)}.so")
         if not kept.exists():
-            _compile(source, kept)
+            _compile(source, kept, ["-DBF16"] if number == torch.bfloat16 else [])
         found = ctypes.CDLL(str(kept))
     except (OSError, subprocess.SubprocessError):
         return None
@@ -77,22 +80,28 @@ def remembered(question: str, source: Path, measure: Callable[[], bool]) -> bool
 
 
 def call(loops: ctypes.CDLL | None, function: str, *given: Any) -> None:
-    """Call a function, tensors by their place in memory: float32, one number after another. Raises MemoryError."""
+    """Call a function, tensors by their place in memory, one number after another. Raises MemoryError."""
     assert loops is not None
     if getattr(loops, function)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given)):
         raise MemoryError(f"{function}: no memory left")
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether loops in C can read these: float32 on a CPU, under no autocast, really there, not to be compiled; and
-    nobody counts PyTorch's operations, who would miss them."""
+def takes(picture: Tensor, *others: Tensor) -> bool:
+    """Whether loops in C can read these: on a CPU, the picture in float32 or bfloat16, the others in float32; really
+    there, not to be compiled; and nobody counts PyTorch's operations, who would miss them."""
     return (
-        all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() for x in tensors)
-        and all(type(x) in (Tensor, nn.Parameter) for x in tensors)
-        and not torch.is_autocast_enabled("cpu")
+        all(x.device.type == "cpu" and x.numel() for x in (picture, *others))
+        and all(type(x) in (Tensor, nn.Parameter) for x in (picture, *others))
+        and all(x.dtype == torch.float32 for x in others)
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
+        and picture.dtype in (torch.float32, torch.bfloat16)
     )
+
+
+def autocast_dtype() -> torch.dtype:
+    """What autocast has networks compute in on a CPU now; float32: there's none."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
 
 @lru_cache
@@ -123,14 +132,14 @@ def _key(source: Path) -> str:
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
 
-def _compile(source: Path, kept: Path) -> None:
+def _compile(source: Path, kept: Path, defined: Sequence[str]) -> None:
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise FileNotFoundError("no C compiler")
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         made = Path(folder) / "made"
-        steps = ([*FLAGS, "-c", str(source), "-o", f"{made}.o"], ["-shared", f"{made}.o", "-o", f"{made}.so"])
+        steps = ([*FLAGS, *defined, "-c", str(source), "-o", f"{made}.o"], ["-shared", f"{made}.o", "-o", f"{made}.so"])
         for arguments in steps:
             subprocess.run([compiler, *arguments], check=True, capture_output=True, timeout=SECONDS)
         os.replace(f"{made}.so", kept)

@@ -17,7 +17,7 @@ from limner import config as configuration
 from limner.bench.rounds import Contender
 from limner.config import DataConfig
 from limner.data.dataset import prepare
-from limner.nn.precision import autocast
+from limner.hardware import autocast
 
 PICTURES, SIDE = 256, 64
 

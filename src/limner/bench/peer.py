@@ -29,10 +29,10 @@ from limner.config import RunConfig
 from limner.core.guidance import classifier_free, interval
 from limner.core.samplers import dpmpp_2m
 from limner.errors import LimnerError
+from limner.hardware import autocast
 from limner.nn import int8
 from limner.nn.conditioners import Embedded
 from limner.nn.int8 import quantised
-from limner.nn.precision import autocast
 from limner.training.clock import Clock
 from limner.training.loop import Training, accelerator_for
 from limner.training.progress import Display

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limner.errors import LimnerError, suggest
-from limner.hardware import multiplies_bf16
+from limner.hardware import uses_bf16
 from limner.nn.lite0 import Lite0
 
 Pictures = npt.NDArray[np.uint8] | Tensor
@@ -72,7 +72,7 @@ class FeatureNetwork(ABC):
     @property
     def precision(self) -> str:
         """bf16 where the machine multiplies in it, else fp32."""
-        return "bf16" if multiplies_bf16(self.device) else "fp32"
+        return "bf16" if uses_bf16("auto", self.device) else "fp32"
 
 
 class EfficientNetLite0(FeatureNetwork):

@@ -25,7 +25,7 @@ from limner.evaluation.processes import part_of
 from limner.evaluation.reference import is_statistics
 from limner.evaluation.report import Report
 from limner.generator import BATCH, Generator, to_uint8
-from limner.nn.precision import autocast
+from limner.hardware import autocast
 from limner.settings import Settings
 
 NUM = 1_000

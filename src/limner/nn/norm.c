@@ -1,5 +1,5 @@
 /* Group norm, (1 + scale) GroupNorm(x) + shift, and SiLU after it: forward in two passes over each picture, backward in
-two. Pictures are (B, N pixels, C); scale and shift (B, C) or NULL; C is a multiple of WIDTH. */
+two. Pictures are (B, N pixels, C) of `number`, all else is float; scale and shift (B, C) or NULL; C is a multiple of WIDTH. */
 
 #include "vectors.h"
 
@@ -40,12 +40,13 @@ static void affine(const float *gamma, const float *beta, const float *scale, co
 }
 
 /* Gives y, and mean and 1 / standard deviation (B, C) of each channel's group. */
-int limner_norm(const float *pictures, const float *gamma, const float *beta, const float *scales,
-                 const float *shifts, float *results, float *means, float *rstds, Norm n, float eps, long silu) {
+int limner_norm(const number *pictures, const float *gamma, const float *beta, const float *scales,
+                 const float *shifts, number *results, float *means, float *rstds, Norm n, float eps, long silu) {
 #pragma omp parallel for schedule(static)
     for (long b = 0; b < n.batch; b++) {
-        const float *x = pictures + b * n.pixels * n.channels;
-        float *y = results + b * n.pixels * n.channels, *mean = means + b * n.channels, *rstd = rstds + b * n.channels;
+        const number *x = pictures + b * n.pixels * n.channels;
+        number *y = results + b * n.pixels * n.channels;
+        float *mean = means + b * n.channels, *rstd = rstds + b * n.channels;
         float gain[n.channels], offset[n.channels];
         for (long c = 0; c < n.channels; c++) mean[c] = rstd[c] = 0;
         for (long from = 0; from < n.pixels; from += RUN) {
@@ -53,7 +54,7 @@ int limner_norm(const float *pictures, const float *gamma, const float *beta, co
             for (long c = 0; c < n.channels; c++) part[c] = square[c] = 0;
             for (long p = from; p < from + RUN && p < n.pixels; p++)
                 for (long c = 0; c < n.channels; c += WIDTH) {
-                    v seen = AT(x, p * n.channels + c);
+                    v seen = get(x + p * n.channels + c);
                     AT(part, c) += seen;
                     AT(square, c) += seen * seen;
                 }
@@ -72,8 +73,8 @@ int limner_norm(const float *pictures, const float *gamma, const float *beta, co
                n.channels, gain, offset);
         for (long p = 0; p < n.pixels; p++)
             for (long c = 0; c < n.channels; c += WIDTH) {
-                v h = AT(x, p * n.channels + c) * AT(gain, c) + AT(offset, c);
-                AT(y, p * n.channels + c) = silu ? h * sigmoid(h) : h;
+                v h = get(x + p * n.channels + c) * AT(gain, c) + AT(offset, c);
+                set(y + p * n.channels + c, silu ? h * sigmoid(h) : h);
             }
     }
     return 0;
@@ -82,15 +83,15 @@ int limner_norm(const float *pictures, const float *gamma, const float *beta, co
 /* From the gradient by y: that by x; and (B, C) the sums over the pixels of dh and of dh x_hat, where h is what SiLU
 saw and x_hat = (x - mean) rstd. dx = rstd (weight dh - mean of weight dh - x_hat mean of weight dh x_hat), means over
 the group and weight = gamma (1 + scale). */
-int limner_norm_back(const float *pictures, const float *gradients, const float *gamma, const float *beta,
-                      const float *scales, const float *shifts, const float *means, const float *rstds, float *results,
+int limner_norm_back(const number *pictures, const number *gradients, const float *gamma, const float *beta,
+                      const float *scales, const float *shifts, const float *means, const float *rstds, number *results,
                       float *totals, float *with_hats, Norm n, long silu) {
 #pragma omp parallel for schedule(static)
     for (long b = 0; b < n.batch; b++) {
-        const float *x = pictures + b * n.pixels * n.channels, *dy = gradients + b * n.pixels * n.channels;
+        const number *x = pictures + b * n.pixels * n.channels, *dy = gradients + b * n.pixels * n.channels;
         const float *mean = means + b * n.channels, *rstd = rstds + b * n.channels;
         const float *scale = scales ? scales + b * n.channels : 0, *shift = shifts ? shifts + b * n.channels : 0;
-        float *dx = results + b * n.pixels * n.channels;
+        number *dx = results + b * n.pixels * n.channels;
         float *total = totals + b * n.channels, *with_hat = with_hats + b * n.channels;
         float gain[n.channels], offset[n.channels], share_1[n.channels], share_2[n.channels];
         affine(gamma, beta, scale, shift, mean, rstd, n.channels, gain, offset);
@@ -100,12 +101,12 @@ int limner_norm_back(const float *pictures, const float *gradients, const float 
             for (long c = 0; c < n.channels; c++) part[c] = part_x[c] = 0;
             for (long p = from; p < from + RUN && p < n.pixels; p++)
                 for (long c = 0; c < n.channels; c += WIDTH) {
-                    v dh = AT(dy, p * n.channels + c), seen = AT(x, p * n.channels + c);
+                    v dh = get(dy + p * n.channels + c), seen = get(x + p * n.channels + c);
                     if (silu) {
                         v h = seen * AT(gain, c) + AT(offset, c), s = sigmoid(h);
                         dh *= s * (1 + h * (1 - s));
                     }
-                    AT(dx, p * n.channels + c) = dh;
+                    set(dx + p * n.channels + c, dh);
                     AT(part, c) += dh;
                     AT(part_x, c) += dh * (seen - AT(mean, c));
                 }
@@ -128,7 +129,7 @@ int limner_norm_back(const float *pictures, const float *gradients, const float 
         for (long p = 0; p < n.pixels; p++)
             for (long c = 0; c < n.channels; c += WIDTH) {
                 long here = p * n.channels + c;
-                AT(dx, here) = AT(gain, c) * AT(dx, here) + AT(share_1, c) + AT(share_2, c) * AT(x, here);
+                set(dx + here, AT(gain, c) * get(dx + here) + AT(share_1, c) + AT(share_2, c) * get(x + here));
             }
     }
     return 0;

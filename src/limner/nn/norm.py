@@ -1,8 +1,8 @@
 """Group norm with what follows it, AdaGN's scale and shift and SiLU, in one pass over the picture.
 
 PyTorch's own group norm is slow on a CPU in channels_last, and each following operation reads and writes the whole
-picture again. Here the norm and the modulation become one affine map per picture and channel, a x + b; in float32 by
-the loops of `norm.c`, where they can be had. On a GPU small networks wait for the host's calls instead, and PyTorch's
+picture again. Here the norm and the modulation become one affine map per picture and channel, a x + b; by the loops of
+`norm.c` where they can be had. On a GPU small networks wait for the host's calls instead, and PyTorch's
 kernels are half as many.
 """
 
@@ -124,7 +124,7 @@ def _gradients(dx: Tensor, total: Tensor, with_hat: Tensor, gamma: Tensor, beta:
 
 def native_pays(pixels: Tensor, gamma: Tensor, groups: int) -> bool:
     """Whether the loops of `norm.c` can be had for pixels (B, N, C)."""
-    return native.takes(pixels, gamma) and pixels.shape[2] % WIDTH == 0 and _loops() is not None
+    return native.takes(pixels, gamma) and pixels.shape[2] % WIDTH == 0 and _loops(pixels.dtype) is not None
 
 
 def _by_loops(pixels: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float,
@@ -132,8 +132,8 @@ def _by_loops(pixels: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift:
     """y (B, N, C), mean and 1 / standard deviation (B, C)."""
     pixels = pixels.contiguous()
     y = torch.empty_like(pixels)
-    mean, rstd = (pixels.new_empty(len(pixels), pixels.shape[2]) for _ in range(2))
-    native.call(_loops(), "limner_norm", pixels, gamma, beta, _each(scale), _each(shift), y, mean, rstd,
+    mean, rstd = (gamma.new_empty(len(pixels), pixels.shape[2]) for _ in range(2))
+    native.call(_loops(pixels.dtype), "limner_norm", pixels, gamma, beta, _each(scale), _each(shift), y, mean, rstd,
                 _Norm(*pixels.shape, groups), eps, silu)  # fmt: skip
     return y, mean, rstd
 
@@ -142,8 +142,9 @@ def _back_by_loops(dh: Tensor, pixels: Tensor, gamma: Tensor, beta: Tensor, scal
                    rstd: Tensor, groups: int, silu: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx (B, N, C), and the sums (B, C) over the pixels of dh, past SiLU, and of dh x_hat."""
     dx, (total, with_hat) = dh.new_empty(dh.shape), mean.new_empty(2, *mean.shape)
-    native.call(_loops(), "limner_norm_back", pixels.contiguous(), dh.contiguous(), gamma, beta, _each(scale),
-                _each(shift), mean, rstd, dx, total, with_hat, _Norm(*pixels.shape, groups), silu)  # fmt: skip
+    native.call(_loops(pixels.dtype), "limner_norm_back", pixels.contiguous(), dh.contiguous(), gamma, beta,
+                _each(scale), _each(shift), mean, rstd, dx, total, with_hat, _Norm(*pixels.shape, groups),
+                silu)  # fmt: skip
     return dx, total, with_hat
 
 
@@ -157,12 +158,12 @@ class _Norm(ctypes.Structure):
 
 
 @lru_cache
-def _loops() -> ctypes.CDLL | None:
+def _loops(dtype: torch.dtype = torch.float32) -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
     return native.compiled(Path(__file__).with_name("norm.c"), {
         "limner_norm": [*[place] * 8, _Norm, ctypes.c_float, number],
         "limner_norm_back": [*[place] * 11, _Norm, number],
-    })  # fmt: skip
+    }, dtype)  # fmt: skip
 
 
 def _moments(sums: Tensor, count: int, groups: int, eps: float) -> tuple[Tensor, Tensor]:

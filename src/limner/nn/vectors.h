@@ -11,3 +11,22 @@ typedef int whole __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
 #define AT(base, offset) (*(v *)((base) + (offset)))
 #define INLINE static inline __attribute__((always_inline))
+
+/* What pictures are kept in; all arithmetic is in float. */
+#ifdef BF16
+typedef unsigned short number; /* the upper half of a float */
+typedef unsigned short numbers __attribute__((vector_size(2 * WIDTH), aligned(2)));
+typedef unsigned int bits __attribute__((vector_size(4 * WIDTH)));
+
+INLINE v get(const number *from) { return (v)(__builtin_convertvector(*(const numbers *)from, bits) << 16); }
+
+INLINE void set(number *to, v x) { /* rounded to the nearest, halves to even */
+    bits all = (bits)x;
+    *(numbers *)to = __builtin_convertvector((all + 0x7fff + (all >> 16 & 1)) >> 16, numbers);
+}
+#else
+typedef float number;
+
+INLINE v get(const number *from) { return *(const v *)from; }
+INLINE void set(number *to, v x) { *(v *)to = x; }
+#endif

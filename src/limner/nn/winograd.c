@@ -1,7 +1,7 @@
 /* 3x3 convolutions of stride 1 with padding 1 by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2015,
 1509.09308): y = A^T [(G g G^T) . (B^T d B)] A for each tile y of 4x4 pixels and the 6x6 pixels d that it depends on.
 
-Pictures are (N, H, W, C), what lies outside of one is zero. The 36 numbers of a tile, or of a filter, come first:
+Pictures are (N, H, W, C) of `number`, what lies outside of one is zero; all else is float. The 36 numbers of a tile, or of a filter, come first:
 tiles (36, T, C), filters (36, C, O). C and O are multiples of WIDTH. In panels, such a matrix (R, C) is cut into
 (R, PANEL), one after another, the last of which may be narrower: read that way, its rows don't push each other out of
 the cache. */
@@ -87,22 +87,34 @@ INLINE void g_t(const v *from, int step, v *to, int apart) { /* G^T u */
 
 /* --- tiles of a picture ----------------------------------------------------------------------------------------- */
 
-/* The `size` x `size` pixels from (top, left) on of WIDTH channels of a picture. */
-INLINE void cut(const float *picture, Shape s, long top, long left, int size, v *pixels) {
+/* Where the `size` x `size` pixels from (top, left) on stand in a picture; -1: outside. */
+INLINE void find(Shape s, long top, long left, int size, long *where) {
     for (int i = 0; i < size; i++)
         for (int j = 0; j < size; j++) {
             long y = top + i, x = left + j;
             int inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-            pixels[i * size + j] = inside ? AT(picture, (y * s.width + x) * s.channels) : (v){0};
+            where[i * size + j] = inside ? (y * s.width + x) * s.channels : -1;
         }
+}
+
+/* Column `j` of these pixels, of WIDTH channels. */
+INLINE void column(const number *picture, const long *where, int size, int j, v *pixels) {
+    for (int i = 0; i < size; i++) {
+        long here = where[i * size + j];
+        pixels[i] = here < 0 ? (v){0} : get(picture + here);
+    }
 }
 
 /* Into rows from..to of (36, room, C): B^T d B of the picture's tiles, of which `first` stands in row 0, or A y A^T of
 a gradient's. Beyond the picture's last tile they are zero. */
-INLINE void take(const float *picture, Shape s, long first, long from_row, long to_row, long room, int panels,
+INLINE void take(const number *picture, Shape s, long first, long from_row, long to_row, long room, int panels,
                  int of_output, float *to) {
     Tiles t = tiles_of(s);
-    for (long tile = first + from_row; tile < first + to_row; tile++)
+    for (long tile = first + from_row; tile < first + to_row; tile++) {
+        const number *from = picture + tile / (t.down * t.across) * s.height * s.width * s.channels;
+        long top = tile / t.across % t.down * 4, left = tile % t.across * 4, where[36];
+        if (of_output) find(s, top, left, 4, where);
+        else find(s, top - 1, left - 1, 6, where);
         for (long c = 0; c < s.channels; c += WIDTH) {
             long row = tile - first;
             float *out = to + (panels ? in_panels(row, c, room, s.channels) : row * s.channels + c);
@@ -110,40 +122,42 @@ INLINE void take(const float *picture, Shape s, long first, long from_row, long 
                 for (int k = 0; k < 36; k++) AT(out, k * room * s.channels) = (v){0};
                 continue;
             }
-            const float *from = picture + tile / (t.down * t.across) * s.height * s.width * s.channels + c;
-            long top = tile / t.across % t.down * 4, left = tile % t.across * 4;
-            v pixels[36], half[36], last[6];
-            if (of_output) {
-                cut(from, s, top, left, 4, pixels);
-                for (int j = 0; j < 4; j++) a(pixels + j, 4, half + j, 4);
-            } else {
-                cut(from, s, top - 1, left - 1, 6, pixels);
-                for (int j = 0; j < 6; j++) b_t(pixels + j, 6, half + j, 6);
-            }
+            v pixels[6], half[36], last[6];
+            if (of_output)
+                for (int j = 0; j < 4; j++) {
+                    column(from + c, where, 4, j, pixels);
+                    a(pixels, 1, half + j, 4);
+                }
+            else
+                for (int j = 0; j < 6; j++) {
+                    column(from + c, where, 6, j, pixels);
+                    b_t(pixels, 1, half + j, 6);
+                }
             for (int i = 0; i < 6; i++) {
                 if (of_output) a(half + 4 * i, 1, last, 1);
                 else b_t(half + 6 * i, 1, last, 1);
                 for (int j = 0; j < 6; j++) AT(out, (i * 6 + j) * room * s.channels) = last[j];
             }
         }
+    }
 }
 
 /* A^T m A + bias + residual of `wide` channels of a block of tiles (36, BLOCK, PANEL), into the picture. */
-INLINE void put(const float *tiles, const float *bias, const float *residual, float *picture, Shape s, long first,
+INLINE void put(const float *tiles, const float *bias, const number *residual, number *picture, Shape s, long first,
                 long last, int wide) {
     Tiles t = tiles_of(s);
     for (long tile = first; tile < last; tile++) {
         long start = tile / (t.down * t.across) * s.height * s.width * s.channels;
         long top = tile / t.across % t.down * 4, left = tile % t.across * 4;
         for (int c = 0; c < wide; c += WIDTH) {
-            v m[36], half[24], y[16], b = bias ? AT(bias, c) : (v){0};
-            for (int k = 0; k < 36; k++) m[k] = AT(tiles, (k * BLOCK + tile - first) * PANEL + c);
-            for (int j = 0; j < 6; j++) a_t(m + j, 6, half + j, 6);
+            const v *m = (const v *)(tiles + (tile - first) * PANEL + c);
+            v half[24], y[16], b = bias ? AT(bias, c) : (v){0};
+            for (int j = 0; j < 6; j++) a_t(m + j * BLOCK * PANEL / WIDTH, 6 * BLOCK * PANEL / WIDTH, half + j, 6);
             for (int i = 0; i < 4; i++) a_t(half + 6 * i, 1, y + 4 * i, 1);
             for (int i = 0; i < 4 && top + i < s.height; i++)
                 for (int j = 0; j < 4 && left + j < s.width; j++) {
                     long here = start + ((top + i) * s.width + left + j) * s.channels + c;
-                    AT(picture, here) = y[i * 4 + j] + b + (residual ? AT(residual, here) : (v){0});
+                    set(picture + here, y[i * 4 + j] + b + (residual ? get(residual + here) : (v){0}));
                 }
         }
     }
@@ -195,7 +209,7 @@ int limner_filters(const float *filters, long y, long x, long in, long out, long
 }
 
 /* (N, H, W, C) and filters (36, C, O) in panels -> (N, H, W, O) + bias (O) + residual (N, H, W, O), or NULL for them. */
-int limner_convolve(const float *picture, const float *filters, const float *bias, const float *residual, float *to,
+int limner_convolve(const number *picture, const float *filters, const float *bias, const number *residual, number *to,
                     Shape s, long outs) {
     long ins = s.channels, count = tiles_of(s).count, threads = omp_get_max_threads();
     Shape result = {s.pictures, s.height, s.width, outs};
@@ -230,7 +244,7 @@ int limner_convolve(const float *picture, const float *filters, const float *bia
 }
 
 /* The gradient (O, 3, 3, C) by the filters, from the picture (N, H, W, C) and the gradient (N, H, W, O) by the result. */
-int limner_by_filter(const float *picture, const float *gradient, float *to, Shape s, long outs) {
+int limner_by_filter(const number *picture, const number *gradient, float *to, Shape s, long outs) {
     long ins = s.channels, count = tiles_of(s).count;
     Shape result = {s.pictures, s.height, s.width, outs};
     float *seen = aligned_alloc(64, sizeof(float) * 36 * (SHARED * (ins + outs) + ins * outs));

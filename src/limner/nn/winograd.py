@@ -1,4 +1,4 @@
-"""3x3 convolutions in float32 on a CPU by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2015, 1509.09308).
+"""3x3 convolutions on a CPU by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2015, 1509.09308).
 
 The picture is cut into tiles d of 6x6 pixels that overlap by two. With a filter g a tile gives 4x4 pixels
 
@@ -8,16 +8,22 @@ by 36 products instead of 144. Over all tiles T, channels in C and out O, they a
 (C, O); the transforms by A and B are loops in C (`winograd.c`), that by G is a product of matrices. The gradient by
 the picture is a convolution as well; that by the filter is G^T [sum over tiles of (A dy A^T) . (B^T d B)] G. Results
 differ from those of PyTorch's convolution by some 1e-5 of their standard deviation.
+
+All this is computed in float32. Under bf16 autocast pictures are read and written in bf16, if that is faster than
+PyTorch's convolution, which computes in it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -32,10 +38,11 @@ LEAST_CHANNELS, LEAST_TILES, LEAST_TILES_OF_ONE = 32, 32, 16
 are frozen, so that no picture's roundings depend on how many are drawn with it."""
 FEW_FILTERS = 128 * 128
 """C times O up to which transforming frozen filters costs so little that a picture of one tile gains."""
+ROUNDS = 7
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding 1: `nn.Conv2d`, in float32 on a CPU by Winograd's filtering where that is faster.
+    """A 3x3 convolution with padding 1: `nn.Conv2d`, on a CPU by Winograd's filtering where that is faster.
     Differentiable once there."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -46,24 +53,55 @@ class Conv3x3(nn.Conv2d):
         if not pays(input, self.weight):
             y = super().forward(input)
             return y if residual is None else residual + y
-        return _Winograd.apply(input, self.weight, self.bias, residual)
+        return _winograd(input, self.weight, self.bias, residual)
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether Winograd's filtering can be had here and is the faster way."""
     tiles, filters = -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE), weight.shape[0] * weight.shape[1]
     enough = tiles >= LEAST_TILES_OF_ONE or filters <= FEW_FILTERS
+    dtype = native.autocast_dtype()
     return (
         native.takes(x, weight)
         and all(n >= LEAST_CHANNELS and n % WIDTH == 0 for n in weight.shape[:2])
         and (len(x) * tiles >= LEAST_TILES if weight.requires_grad else enough)
-        and available()
+        and x.dtype in (torch.float32, dtype)
+        and dtype in (torch.float32, torch.bfloat16)
+        and _loops(dtype) is not None
+        and (dtype == torch.float32 or faster_in_bf16())
     )
 
 
-def available() -> bool:
-    """Whether the loops in C can be had on this machine."""
-    return _loops() is not None
+@lru_cache
+def faster_in_bf16() -> bool:
+    """Whether the loops beat this processor's bf16 convolutions; measured once on each kind, and kept, so that all runs
+    there compute alike."""
+    return native.remembered(f"bf16-torch-{torch.__version__}", SOURCE, measured_faster_in_bf16)
+
+
+def measured_faster_in_bf16() -> bool:
+    """By the quickest of several steps of training a convolution, in turns; leaves PyTorch's state alone."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        weight = torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+        x = torch.randn(16, 64, 16, 16).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+        seconds = {_winograd: math.inf, _by_pytorch: math.inf}
+        for _ in range(ROUNDS):
+            for way in seconds:
+                began = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = way(x, weight)
+                y.sum().backward()
+                seconds[way] = min(seconds[way], time.perf_counter() - began)
+    return seconds[_winograd] < seconds[_by_pytorch]
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    dtype = native.autocast_dtype()
+    return _Winograd.apply(x.to(dtype), weight, bias, None if residual is None else residual.to(dtype))
+
+
+def _by_pytorch(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=1)
 
 
 class _Winograd(torch.autograd.Function):
@@ -83,7 +121,7 @@ class _Winograd(torch.autograd.Function):
         return (
             None if turned is None else _picture(_convolve(grad, turned)),
             _by_filter(rows, grad) if of_weight else None,
-            grad.sum((0, 1, 2)) if of_bias else None,
+            grad.sum((0, 1, 2), dtype=torch.float32) if of_bias else None,
             grad_outputs[0] if of_residual else None,
         )
 
@@ -91,14 +129,16 @@ class _Winograd(torch.autograd.Function):
 def _convolve(rows: Tensor, filters: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """rows (B, H, W, C) and filters (36, C, O) -> (B, H, W, O), plus bias (O) and residual (B, H, W, O)."""
     y = rows.new_empty(*rows.shape[:3], filters.shape[2])
-    native.call(_loops(), "limner_convolve", rows, filters, bias, residual, y, _Shape(*rows.shape), y.shape[3])
+    native.call(
+        _loops(rows.dtype), "limner_convolve", rows, filters, bias, residual, y, _Shape(*rows.shape), y.shape[3]
+    )
     return y
 
 
 def _by_filter(rows: Tensor, grad: Tensor) -> Tensor:
     """The gradient (O, C, 3, 3) from rows (B, H, W, C) and the gradient (B, H, W, O) by what came out."""
-    by = rows.new_empty(grad.shape[3], 3, 3, rows.shape[3])
-    native.call(_loops(), "limner_by_filter", rows, grad, by, _Shape(*rows.shape), grad.shape[3])
+    by = rows.new_empty(grad.shape[3], 3, 3, rows.shape[3], dtype=torch.float32)
+    native.call(_loops(rows.dtype), "limner_by_filter", rows, grad, by, _Shape(*rows.shape), grad.shape[3])
     return by.permute(0, 3, 1, 2)
 
 
@@ -131,10 +171,10 @@ class _Shape(ctypes.Structure):
 
 
 @lru_cache
-def _loops() -> ctypes.CDLL | None:
+def _loops(dtype: torch.dtype = torch.float32) -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
     return native.compiled(SOURCE, {
         "limner_filters": [place, *[number] * 6, place],
         "limner_convolve": [*[place] * 5, _Shape, number],
         "limner_by_filter": [*[place] * 3, _Shape, number],
-    })  # fmt: skip
+    }, dtype)  # fmt: skip

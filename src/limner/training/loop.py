@@ -24,7 +24,7 @@ from torch import Tensor
 from limner import config as configuration
 from limner.config import RunConfig
 from limner.errors import LimnerError
-from limner.nn.precision import autocast
+from limner.hardware import autocast
 from limner.training import environment, lora, preview
 from limner.training.background import Background, copied
 from limner.training.checkpoint import Checkpoint, Checkpoints, load_weights, same_run
