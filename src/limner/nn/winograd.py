@@ -5,9 +5,9 @@ The picture is cut into tiles d of 6x6 pixels that overlap by two. With a filter
     y = A^T [(G g G^T) . (B^T d B)] A                                                               (equation 8)
 
 by 36 products instead of 144. Over all tiles T, channels in C and out O, they are 36 products of matrices, (T, C) by
-(C, O); the transforms by A and B are loops in C (`winograd.c`), that by G is a product of matrices. The gradient by
-the picture is a convolution as well; that by the filter is G^T [sum over tiles of (A dy A^T) . (B^T d B)] G. Results
-differ from those of PyTorch's convolution by some 1e-5 of their standard deviation.
+(C, O), which are loops in C as the transforms by A, B and G are (`winograd.c`). The gradient by the picture is a
+convolution as well; that by the filter is G^T [sum over tiles of (A dy A^T) . (B^T d B)] G. Results differ from those
+of PyTorch's convolution by some 1e-5 of their standard deviation.
 
 All this is computed in float32. Under bf16 autocast pictures are read and written in bf16, if that is faster than
 PyTorch's convolution, which computes in it.
