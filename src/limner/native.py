@@ -29,9 +29,9 @@ a second would fight with its own."""
 COMPILERS = ("gcc", "cc", "clang")
 SECONDS = 60
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""PyTorch asks Linux for pages of 2 MiB for large tensors, if it finds 1 there in the environment when the process
+makes its first tensor. Between pages of 4 KiB passes over whole pictures wait for where the next one is."""
 os.environ.setdefault(HUGE_PAGES, "1")
-"""PyTorch asks Linux for pages of 2 MiB for large tensors, if it finds this in the environment when the process makes
-its first tensor. Between pages of 4 KiB passes over whole pictures wait for where the next one is."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As malloc.h of glibc numbers them."""
 LARGEST, KEPT = 1 << 25, 1 << 30
@@ -92,10 +92,10 @@ def takes(picture: Tensor, *others: Tensor) -> bool:
     return (
         all(x.device.type == "cpu" and x.numel() for x in (picture, *others))
         and all(type(x) in (Tensor, nn.Parameter) for x in (picture, *others))
+        and picture.dtype in (torch.float32, torch.bfloat16)
         and all(x.dtype == torch.float32 for x in others)
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
-        and picture.dtype in (torch.float32, torch.bfloat16)
     )
 
 

@@ -1,5 +1,6 @@
 /* Group norm, (1 + scale) GroupNorm(x) + shift, and SiLU after it: forward in two passes over each picture, backward in
-two. Pictures are (B, N pixels, C) of `number`, all else is float; scale and shift (B, C) or NULL; C is a multiple of WIDTH. */
+two, of which the first leaves dh where dx will be (in bf16 rounded). Pictures are (B, N pixels, C) of `number`, all
+else is float; scale and shift (B, C) or NULL; C is a multiple of WIDTH. */
 
 #include "vectors.h"
 

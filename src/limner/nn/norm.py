@@ -2,8 +2,8 @@
 
 PyTorch's own group norm is slow on a CPU in channels_last, and each following operation reads and writes the whole
 picture again. Here the norm and the modulation become one affine map per picture and channel, a x + b; by the loops of
-`norm.c` where they can be had. On a GPU small networks wait for the host's calls instead, and PyTorch's
-kernels are half as many.
+`norm.c` where they can be had. On a GPU small networks wait for the host's calls instead, and PyTorch's kernels are
+half as many.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Tensor, groups: int,
                 eps: float, silu: bool) -> Tensor:  # fmt: skip
         pixels = _rows(x)
-        if native_pays(pixels, gamma, groups):
+        if native_pays(pixels, gamma, beta):
             y, mean, rstd = _by_loops(pixels, gamma, beta, scale, shift, groups, eps, silu)
             ctx.save_for_backward(pixels, gamma, beta, scale, shift, mean, rstd)
             ctx.groups, ctx.silu = groups, silu
@@ -87,7 +87,7 @@ class _Normalise(torch.autograd.Function):
         (grad,) = grad_outputs
         pixels, gamma, beta, scale, shift, mean, rstd = ctx.saved_tensors
         dh = _rows(grad).to(pixels.dtype)
-        if native_pays(pixels, gamma, ctx.groups):
+        if native_pays(pixels, gamma, beta):
             given = (pixels, gamma, beta, scale, shift, mean, rstd, ctx.groups, ctx.silu)
             dx, total, with_hat = _back_by_loops(dh, *given)
             return _gradients(_picture(dx, grad), total, with_hat, gamma, beta, scale, shift)
@@ -122,9 +122,9 @@ def _gradients(dx: Tensor, total: Tensor, with_hat: Tensor, gamma: Tensor, beta:
     )
 
 
-def native_pays(pixels: Tensor, gamma: Tensor, groups: int) -> bool:
+def native_pays(pixels: Tensor, gamma: Tensor, beta: Tensor) -> bool:
     """Whether the loops of `norm.c` can be had for pixels (B, N, C)."""
-    return native.takes(pixels, gamma) and pixels.shape[2] % WIDTH == 0 and _loops(pixels.dtype) is not None
+    return native.takes(pixels, gamma, beta) and pixels.shape[2] % WIDTH == 0 and _loops(pixels.dtype) is not None
 
 
 def _by_loops(pixels: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float,
@@ -158,7 +158,7 @@ class _Norm(ctypes.Structure):
 
 
 @lru_cache
-def _loops(dtype: torch.dtype = torch.float32) -> ctypes.CDLL | None:
+def _loops(dtype: torch.dtype) -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
     return native.compiled(Path(__file__).with_name("norm.c"), {
         "limner_norm": [*[place] * 8, _Norm, ctypes.c_float, number],

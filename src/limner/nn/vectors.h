@@ -20,9 +20,9 @@ typedef unsigned int bits __attribute__((vector_size(4 * WIDTH)));
 
 INLINE v get(const number *from) { return (v)(__builtin_convertvector(*(const numbers *)from, bits) << 16); }
 
-INLINE void set(number *to, v x) { /* rounded to the nearest, halves to even */
-    bits all = (bits)x;
-    *(numbers *)to = __builtin_convertvector((all + 0x7fff + (all >> 16 & 1)) >> 16, numbers);
+INLINE void set(number *to, v x) { /* rounded to the nearest, halves to even; what isn't a number stays so */
+    bits all = (bits)x, near = (all + 0x7fff + (all >> 16 & 1)) >> 16, real = (bits)(x == x);
+    *(numbers *)to = __builtin_convertvector((near & real) | (0x7fc0 & ~real), numbers);
 }
 #else
 typedef float number;

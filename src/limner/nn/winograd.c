@@ -1,10 +1,10 @@
 /* 3x3 convolutions of stride 1 with padding 1 by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2015,
 1509.09308): y = A^T [(G g G^T) . (B^T d B)] A for each tile y of 4x4 pixels and the 6x6 pixels d that it depends on.
 
-Pictures are (N, H, W, C) of `number`, what lies outside of one is zero; all else is float. The 36 numbers of a tile, or of a filter, come first:
-tiles (36, T, C), filters (36, C, O). C and O are multiples of WIDTH. In panels, such a matrix (R, C) is cut into
-(R, PANEL), one after another, the last of which may be narrower: read that way, its rows don't push each other out of
-the cache. */
+Pictures are (N, H, W, C) of `number`, what lies outside of one is zero; all else is float. The 36 numbers of a tile,
+or of a filter, come first: tiles (36, T, C), filters (36, C, O). C and O are multiples of WIDTH. In panels, such a
+matrix (R, C) is cut into (R, PANEL), one after another, the last of which may be narrower: read that way, its rows
+don't push each other out of the cache. */
 
 #include <omp.h>
 #include <stdlib.h>
@@ -111,7 +111,8 @@ INLINE void take(const number *picture, Shape s, long first, long from_row, long
                  int of_output, float *to) {
     Tiles t = tiles_of(s);
     for (long tile = first + from_row; tile < first + to_row; tile++) {
-        const number *from = picture + tile / (t.down * t.across) * s.height * s.width * s.channels;
+        long start = least(tile, t.count - 1) / (t.down * t.across) * s.height * s.width * s.channels;
+        const number *from = picture + start;
         long top = tile / t.across % t.down * 4, left = tile % t.across * 4, where[36];
         if (of_output) find(s, top, left, 4, where);
         else find(s, top - 1, left - 1, 6, where);
@@ -188,7 +189,7 @@ int limner_filters(const float *filters, long y, long x, long in, long out, long
 #pragma omp parallel for schedule(static) collapse(2)
     for (long o = 0; o < outs; o += WIDTH)
         for (long near = 0; near < ins; near += WIDTH) {
-            float seen[9][WIDTH][WIDTH]; /* number, in, out; volatile: or the compiler gathers, which is ten times slower */
+            float seen[9][WIDTH][WIDTH]; /* number, in, out; volatile, or the compiler gathers: ten times slower */
             for (int k = 0; k < 9; k++)
                 for (int lane = 0; lane < WIDTH; lane++)
                     for (int i = 0; i < WIDTH; i++)
@@ -208,7 +209,7 @@ int limner_filters(const float *filters, long y, long x, long in, long out, long
     return 0;
 }
 
-/* (N, H, W, C) and filters (36, C, O) in panels -> (N, H, W, O) + bias (O) + residual (N, H, W, O), or NULL for them. */
+/* (N, H, W, C) and filters (36, C, O) in panels -> (N, H, W, O) + bias (O) + residual (N, H, W, O), or NULL. */
 int limner_convolve(const number *picture, const float *filters, const float *bias, const number *residual, number *to,
                     Shape s, long outs) {
     long ins = s.channels, count = tiles_of(s).count, threads = omp_get_max_threads();
@@ -243,7 +244,7 @@ int limner_convolve(const number *picture, const float *filters, const float *bi
     return failed;
 }
 
-/* The gradient (O, 3, 3, C) by the filters, from the picture (N, H, W, C) and the gradient (N, H, W, O) by the result. */
+/* The gradient (O, 3, 3, C) by the filters, from the picture (N, H, W, C) and that by the result (N, H, W, O). */
 int limner_by_filter(const number *picture, const number *gradient, float *to, Shape s, long outs) {
     long ins = s.channels, count = tiles_of(s).count;
     Shape result = {s.pictures, s.height, s.width, outs};

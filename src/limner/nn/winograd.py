@@ -50,40 +50,45 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The convolution of the input, plus the residual (B, O, H, W)."""
-        if not pays(input, self.weight):
+        if not pays(input, self.weight, self.bias):
             y = super().forward(input)
-            return y if residual is None else residual + y
+            return y if residual is None else residual.to(y.dtype) + y
         return _winograd(input, self.weight, self.bias, residual)
 
 
-def pays(x: Tensor, weight: Tensor) -> bool:
+def pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether Winograd's filtering can be had here and is the faster way."""
     tiles, filters = -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE), weight.shape[0] * weight.shape[1]
     enough = tiles >= LEAST_TILES_OF_ONE or filters <= FEW_FILTERS
     dtype = native.autocast_dtype()
     return (
-        native.takes(x, weight)
+        native.takes(x, weight, *([] if bias is None else [bias]))
         and all(n >= LEAST_CHANNELS and n % WIDTH == 0 for n in weight.shape[:2])
         and (len(x) * tiles >= LEAST_TILES if weight.requires_grad else enough)
         and x.dtype in (torch.float32, dtype)
         and dtype in (torch.float32, torch.bfloat16)
-        and _loops(dtype) is not None
+        and None not in (_loops(dtype), _loops(torch.float32))
         and (dtype == torch.float32 or faster_in_bf16())
     )
 
 
 @lru_cache
 def faster_in_bf16() -> bool:
-    """Whether the loops beat this processor's bf16 convolutions; measured once on each kind, and kept, so that all runs
-    there compute alike."""
-    return native.remembered(f"bf16-torch-{torch.__version__}", SOURCE, measured_faster_in_bf16)
+    """Whether the loops beat this processor's bf16 convolutions; measured once on each kind and by each number of
+    threads, and kept, so that later runs compute alike."""
+    question = f"bf16-{torch.get_num_threads()}-threads-torch-{torch.__version__}"
+    return native.remembered(question, SOURCE, measured_faster_in_bf16)
 
 
 def measured_faster_in_bf16() -> bool:
-    """By the quickest of several steps of training a convolution, in turns; leaves PyTorch's state alone."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        weight = torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
-        x = torch.randn(16, 64, 16, 16).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    """By the quickest of several steps of training a convolution, in turns; leaves PyTorch's state alone, that of a
+    gradient checkpoint around it as well."""
+    own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), own:
+        weight, x = (
+            torch.ones(shape, dtype=dtype, device="cpu").to(memory_format=torch.channels_last).requires_grad_()
+            for shape, dtype in (((64, 64, 3, 3), torch.float32), ((16, 64, 16, 16), torch.bfloat16))
+        )
         seconds = {_winograd: math.inf, _by_pytorch: math.inf}
         for _ in range(ROUNDS):
             for way in seconds:
@@ -145,15 +150,11 @@ def _by_filter(rows: Tensor, grad: Tensor) -> Tensor:
 def _filters(weight: Tensor, turned: bool = False) -> Tensor:
     """(O, C, 3, 3) -> G g G^T (36, C, O); turned: of the filters turned by 180 degrees, from O to C: (36, O, C)."""
     weight = weight.detach()
-    out, ins, y, x = weight.stride()
-    if turned:  # the last number comes first
-        made = weight.new_empty(36, *weight.shape[:2])
-        native.call(
-            _loops(), "limner_filters", weight.data_ptr() + 4 * 2 * (y + x), -y, -x, out, ins, *weight.shape[:2], made
-        )
-    else:
-        made = weight.new_empty(36, weight.shape[1], weight.shape[0])
-        native.call(_loops(), "limner_filters", weight, y, x, ins, out, weight.shape[1], weight.shape[0], made)
+    (outs, ins), (out, into, y, x) = weight.shape[:2], weight.stride()
+    made = weight.new_empty(36, outs, ins) if turned else weight.new_empty(36, ins, outs)
+    last = weight.data_ptr() + weight.element_size() * 2 * (y + x)
+    given = (last, -y, -x, out, into, outs, ins) if turned else (weight, y, x, into, out, ins, outs)
+    native.call(_loops(torch.float32), "limner_filters", *given, made)
     return made
 
 
@@ -171,7 +172,7 @@ class _Shape(ctypes.Structure):
 
 
 @lru_cache
-def _loops(dtype: torch.dtype = torch.float32) -> ctypes.CDLL | None:
+def _loops(dtype: torch.dtype) -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
     return native.compiled(SOURCE, {
         "limner_filters": [place, *[number] * 6, place],
