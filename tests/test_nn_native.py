@@ -66,6 +66,25 @@ def test_a_convolution_and_its_gradients(shape: tuple[int, ...], layout: Any, lo
         assert near(conv(x), theirs[0], 2e-4)
 
 
+@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize("channels", [32, 112])
+def test_a_gradient_by_any_number_of_threads(threads: int, channels: int) -> None:
+    torch.manual_seed(0)
+    conv = Conv3x3(channels, channels)
+    own = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch in (2, 11, 50):
+            x = torch.randn(batch, channels, 15, 13)
+            upstream = torch.randn(x.shape)
+            (mine,) = torch.autograd.grad(conv(x), [conv.weight], upstream)
+            exact = conv.weight.detach().double().requires_grad_()
+            (other,) = torch.autograd.grad(F.conv2d(x.double(), exact, padding=1), [exact], upstream.double())
+            assert near(mine, other, 2e-4)
+    finally:
+        torch.set_num_threads(own)
+
+
 @pytest.mark.parametrize("faster", [True, False])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 def test_a_convolution_under_autocast(faster: bool, given: torch.dtype, loops: bool,

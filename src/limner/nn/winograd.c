@@ -14,7 +14,10 @@ don't push each other out of the cache. */
 #define ROWS (WIDTH / 2) /* of a product of matrices that are worked out together, as many as there are registers for */
 #define PANEL (2 * WIDTH)
 #define BLOCK 48 /* tiles in work at a time: they are to stay in the cache next to the core */
-#define SHARED 96 /* the same, where all cores work on them */
+#define FEW 24 /* the same, where sums over tiles are to stay there as well, */
+#define MANY 96 /* or where there are too many of them for that, more than ... */
+#define SUMS (36L * 96 * 96)
+#define MOST (1L << 28) /* numbers in the sums of all threads together */
 
 typedef struct { long pictures, height, width, channels; } Shape;
 typedef struct { long across, down, count; } Tiles;
@@ -244,45 +247,57 @@ int limner_convolve(const number *picture, const float *filters, const float *bi
     return failed;
 }
 
-/* The gradient (O, 3, 3, C) by the filters, from the picture (N, H, W, C) and that by the result (N, H, W, O). */
+/* The gradient (O, 3, 3, C) by the filters, from the picture (N, H, W, C) and that by the result (N, H, W, O). Each
+thread sums over tiles of its own. */
 int limner_by_filter(const number *picture, const number *gradient, float *to, Shape s, long outs) {
-    long ins = s.channels, count = tiles_of(s).count;
+    long ins = s.channels, count = tiles_of(s).count, size = 36 * ins * outs;
     Shape result = {s.pictures, s.height, s.width, outs};
-    float *seen = aligned_alloc(64, sizeof(float) * 36 * (SHARED * (ins + outs) + ins * outs));
-    if (!seen) return 1;
-    float *asked = seen + 36 * SHARED * ins, *sums = asked + 36 * SHARED * outs;
-#pragma omp parallel
+    long threads = least(omp_get_max_threads(), least((count + FEW - 1) / FEW, 1 + MOST / size));
+    long most = (size > SUMS ? MANY : FEW) * threads, blocks = (count + most - 1) / most * threads;
+    long block = (count + blocks - 1) / blocks;
+    float *sums = aligned_alloc(64, sizeof(float) * threads * size);
+    int failed = !sums;
+#pragma omp parallel num_threads(threads)
     {
-        for (long first = 0; first < count; first += SHARED) {
-            long tiles = least(SHARED, count - first);
-#pragma omp for schedule(static)
-            for (long row = 0; row < tiles; row++) {
-                take(picture, s, first, row, row + 1, SHARED, 1, 0, seen);
-                take(gradient, result, first, row, row + 1, SHARED, 1, 1, asked);
-            }
-#pragma omp for schedule(static) collapse(2)
+        float *seen = aligned_alloc(64, sizeof(float) * 36 * block * (ins + outs)), *asked = seen + 36 * block * ins;
+        float *own = sums + omp_get_thread_num() * size;
+        if (!seen) failed = 1;
+        int begun = 0;
+#pragma omp for schedule(static) nowait
+        for (long first = 0; first < count; first += block) {
+            if (!seen || !sums) continue;
+            take(picture, s, first, 0, block, block, 1, 0, seen);
+            take(gradient, result, first, 0, block, block, 1, 1, asked);
             for (long k = 0; k < 36; k++)
                 for (long o = 0; o < outs; o += ROWS) {
-                    const float *x = asked + k * SHARED * outs + in_panels(0, o, SHARED, outs);
+                    const float *x = asked + k * block * outs + in_panels(0, o, block, outs);
                     long step = least(PANEL, outs - o / PANEL * PANEL);
                     for (long c = 0; c < ins; c += PANEL) {
-                        const float *y = seen + (k * ins + c) * SHARED;
-                        float *sum = sums + (k * outs + o) * ins + c;
-                        if (ins - c >= PANEL) multiply(x, 1, step, y, PANEL, tiles, 2, sum, ins, first > 0);
-                        else multiply(x, 1, step, y, WIDTH, tiles, 1, sum, ins, first > 0);
+                        const float *y = seen + (k * ins + c) * block;
+                        float *sum = own + (k * outs + o) * ins + c;
+                        if (ins - c >= PANEL) multiply(x, 1, step, y, PANEL, block, 2, sum, ins, begun);
+                        else multiply(x, 1, step, y, WIDTH, block, 1, sum, ins, begun);
                     }
                 }
+            begun = 1;
         }
+        free(seen);
+        for (long i = 0; i < size && !begun && !failed; i++) own[i] = 0;
+#pragma omp barrier
+        long had = omp_get_num_threads(); /* may be fewer than asked for */
 #pragma omp for schedule(static)
         for (long o = 0; o < outs; o++)
-            for (long c = 0; c < ins; c += WIDTH) {
+            for (long c = 0; c < ins && !failed; c += WIDTH) {
                 v u[36], half[18], small[9];
-                for (int k = 0; k < 36; k++) u[k] = AT(sums, (k * outs + o) * ins + c);
+                for (int k = 0; k < 36; k++) {
+                    u[k] = AT(sums, (k * outs + o) * ins + c);
+                    for (long other = 1; other < had; other++) u[k] += AT(sums + other * size, (k * outs + o) * ins + c);
+                }
                 for (int j = 0; j < 6; j++) g_t(u + j, 6, half + j, 6);
                 for (int i = 0; i < 3; i++) g_t(half + 6 * i, 1, small + 3 * i, 1);
                 for (int k = 0; k < 9; k++) AT(to, (o * 9 + k) * ins + c) = small[k];
             }
     }
-    free(seen);
-    return 0;
+    free(sums);
+    return failed;
 }
