@@ -66,6 +66,19 @@ def test_a_convolution_and_its_gradients(shape: tuple[int, ...], layout: Any, lo
         assert near(conv(x), theirs[0], 2e-4)
 
 
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("batch", [1, 8])
+def test_an_offset_of_each_picture_and_its_gradient(batch: int) -> None:
+    torch.manual_seed(0)
+    conv, x = Conv3x3(32, 48), torch.randn(8, 32, 17, 18)
+    offset = torch.randn(batch, 48, requires_grad=True)  # or one for all
+    inputs = [offset, *conv.parameters()]
+    found = gradients(lambda: conv(x, offset=offset), inputs)
+    theirs = gradients(lambda: F.conv2d(x, conv.weight, conv.bias, padding=1) + offset[:, :, None, None], inputs)
+    for mine, other in zip(found, theirs, strict=True):
+        assert near(mine, other, 2e-4)
+
+
 @pytest.mark.parametrize("threads", [1, 3, 7])
 @pytest.mark.parametrize("channels", [32, 112])
 def test_a_gradient_by_any_number_of_threads(threads: int, channels: int) -> None:

@@ -46,11 +46,12 @@ class Int8Conv2d(nn.Module):
         # The input's step and zero are told at each call; here it only matters that the zero isn't 0.
         self.weight = torch.ops.onednn.qconv_prepack(integers, self.steps, 1.0, 1, *self.place)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
         # Range and integers of rows that lie one after another are had several times as fast.
         q, step, zero = integers_of(x.permute(0, 2, 3, 1).contiguous().float())
         y = torch.ops.onednn.qconv_pointwise(q.permute(0, 3, 1, 2), step, zero, self.weight, self.steps, self.zeros,
                                              self.bias, *self.place, 1.0, 0, torch.float32, "none", [], "")  # fmt: skip
+        y = y if offset is None else y.add_(offset[:, :, None, None])
         return y.to(x.dtype) if residual is None else residual + y
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Conv2d:

@@ -146,16 +146,17 @@ INLINE void take(const number *picture, Shape s, long first, long from_row, long
     }
 }
 
-/* A^T m A + bias + residual of `wide` channels of a block of tiles (36, BLOCK, PANEL), into the picture. */
-INLINE void put(const float *tiles, const float *bias, const number *residual, number *picture, Shape s, long first,
-                long last, int wide) {
+/* A^T m A + bias + residual of `wide` channels of a block of tiles (36, BLOCK, PANEL), into the picture; the biases of
+one picture and the next are `step` apart. */
+INLINE void put(const float *tiles, const float *bias, long step, const number *residual, number *picture, Shape s,
+                long first, long last, int wide) {
     Tiles t = tiles_of(s);
     for (long tile = first; tile < last; tile++) {
-        long start = tile / (t.down * t.across) * s.height * s.width * s.channels;
+        long number_of = tile / (t.down * t.across), start = number_of * s.height * s.width * s.channels;
         long top = tile / t.across % t.down * 4, left = tile % t.across * 4;
         for (int c = 0; c < wide; c += WIDTH) {
             const v *m = (const v *)(tiles + (tile - first) * PANEL + c);
-            v half[24], y[16], b = bias ? AT(bias, c) : (v){0};
+            v half[24], y[16], b = bias ? AT(bias, number_of * step + c) : (v){0};
             for (int j = 0; j < 6; j++) a_t(m + j * BLOCK * PANEL / WIDTH, 6 * BLOCK * PANEL / WIDTH, half + j, 6);
             for (int i = 0; i < 4; i++) a_t(half + 6 * i, 1, y + 4 * i, 1);
             for (int i = 0; i < 4 && top + i < s.height; i++)
@@ -212,9 +213,10 @@ int limner_filters(const float *filters, long y, long x, long in, long out, long
     return 0;
 }
 
-/* (N, H, W, C) and filters (36, C, O) in panels -> (N, H, W, O) + bias (O) + residual (N, H, W, O), or NULL. */
-int limner_convolve(const number *picture, const float *filters, const float *bias, const number *residual, number *to,
-                    Shape s, long outs) {
+/* (N, H, W, C) and filters (36, C, O) in panels -> (N, H, W, O) + bias (O) + residual (N, H, W, O), or NULL for them;
+with bias_step = O the bias is (N, O), with 0 the same for all. */
+int limner_convolve(const number *picture, const float *filters, const float *bias, long bias_step,
+                    const number *residual, number *to, Shape s, long outs) {
     long ins = s.channels, count = tiles_of(s).count, threads = omp_get_max_threads();
     Shape result = {s.pictures, s.height, s.width, outs};
     long blocks = (count + BLOCK * threads - 1) / (BLOCK * threads) * threads; /* as many for each thread */
@@ -239,7 +241,8 @@ int limner_convolve(const number *picture, const float *filters, const float *bi
                         if (wide == PANEL) multiply(x, ins, 1, y, PANEL, ins, 2, out, PANEL, 0);
                         else multiply(x, ins, 1, y, WIDTH, ins, 1, out, PANEL, 0);
                     }
-                put(made, bias ? bias + o : NULL, residual ? residual + o : NULL, to + o, result, first, last, wide);
+                put(made, bias ? bias + o : NULL, bias_step, residual ? residual + o : NULL, to + o, result, first, last,
+                    wide);
             }
         }
         free(seen);

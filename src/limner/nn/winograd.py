@@ -48,12 +48,17 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The convolution of the input, plus the residual (B, O, H, W)."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+        """The convolution of the input, plus the residual (B, O, H, W), plus the offset (B, O) at each pixel."""
         if not pays(input, self.weight, self.bias):
             y = super().forward(input)
+            y = y if offset is None else y + offset[:, :, None, None]
             return y if residual is None else residual.to(y.dtype) + y
-        return _winograd(input, self.weight, self.bias, residual)
+        bias = self.bias
+        if offset is not None:
+            assert bias is not None
+            bias = bias + offset.float().expand(len(input), -1)
+        return _winograd(input, self.weight, bias, residual)
 
 
 def pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -114,6 +119,7 @@ class _Winograd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         rows = _rows(x)
         ctx.save_for_backward(rows, weight)
+        ctx.by_picture = bias is not None and bias.dim() == 2
         return _picture(_convolve(rows, _filters(weight), bias, None if residual is None else _rows(residual)))
 
     @staticmethod
@@ -126,17 +132,17 @@ class _Winograd(torch.autograd.Function):
         return (
             None if turned is None else _picture(_convolve(grad, turned)),
             _by_filter(rows, grad) if of_weight else None,
-            grad.sum((0, 1, 2), dtype=torch.float32) if of_bias else None,
+            grad.sum((1, 2) if ctx.by_picture else (0, 1, 2), dtype=torch.float32) if of_bias else None,
             grad_outputs[0] if of_residual else None,
         )
 
 
 def _convolve(rows: Tensor, filters: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """rows (B, H, W, C) and filters (36, C, O) -> (B, H, W, O), plus bias (O) and residual (B, H, W, O)."""
+    """rows (B, H, W, C) and filters (36, C, O) -> (B, H, W, O), plus bias (O) or (B, O) and residual (B, H, W, O)."""
     y = rows.new_empty(*rows.shape[:3], filters.shape[2])
-    native.call(
-        _loops(rows.dtype), "limner_convolve", rows, filters, bias, residual, y, _Shape(*rows.shape), y.shape[3]
-    )
+    step = 0 if bias is None or bias.dim() == 1 else y.shape[3]
+    given = (rows, filters, bias, step, residual, y, _Shape(*rows.shape), y.shape[3])
+    native.call(_loops(rows.dtype), "limner_convolve", *given)
     return y
 
 
@@ -176,6 +182,6 @@ def _loops(dtype: torch.dtype) -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
     return native.compiled(SOURCE, {
         "limner_filters": [place, *[number] * 6, place],
-        "limner_convolve": [*[place] * 5, _Shape, number],
+        "limner_convolve": [*[place] * 3, number, place, place, _Shape, number],
         "limner_by_filter": [*[place] * 3, _Shape, number],
     }, dtype)  # fmt: skip
