@@ -125,13 +125,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None, tokens: Tensor | None = None,
                 token_mask: Tensor | None = None) -> Tensor:  # fmt: skip
-        h = self.resample(self.norm1(x, silu=True))
-        if self.emb is None:
-            h = self.norm2(self.conv1(h), silu=True)
-        elif self.adaptive:
-            h = self.norm2(self.conv1(h), *self.emb(emb).chunk(2, dim=1), silu=True)
+        added = self.emb(emb) if self.emb is not None and not self.adaptive else None
+        h = self.conv1(self.resample(self.norm1(x, silu=True)), offset=added)
+        if self.emb is not None and self.adaptive:
+            h = self.norm2(h, *self.emb(emb).chunk(2, dim=1), silu=True)
         else:
-            h = self.norm2(self.conv1(h, offset=self.emb(emb)), silu=True)
+            h = self.norm2(h, silu=True)
         return self.conv2(self.dropout(h), self.skip(self.resample(x)))
 
 
