@@ -14,10 +14,10 @@ don't push each other out of the cache. */
 #define ROWS (WIDTH / 2) /* of a product of matrices that are worked out together, as many as there are registers for */
 #define PANEL (2 * WIDTH)
 #define BLOCK 48 /* tiles in work at a time: they are to stay in the cache next to the core */
-#define FEW 24 /* the same, where sums over tiles are to stay there as well, */
-#define MANY 96 /* or where there are too many of them for that, more than ... */
-#define SUMS (36L * 96 * 96)
-#define MOST (1L << 28) /* numbers in the sums of all threads together */
+#define FEW 24 /* the same, where sums over tiles are to stay there as well; */
+#define MANY 96 /* and where these are too many for that */
+#define SUMS (36L * 96 * 96) /* as many still stay there */
+#define MOST (1L << 28) /* numbers in the sums of all workers together */
 
 typedef struct { long pictures, height, width, channels; } Shape;
 typedef struct { long across, down, count; } Tiles;
@@ -108,12 +108,11 @@ INLINE void column(const number *picture, const long *where, int size, int j, v 
     }
 }
 
-/* Into rows from..to of (36, room, C): B^T d B of the picture's tiles, of which `first` stands in row 0, or A y A^T of
-a gradient's. Beyond the picture's last tile they are zero. */
-INLINE void take(const number *picture, Shape s, long first, long from_row, long to_row, long room, int panels,
-                 int of_output, float *to) {
+/* Into (36, rows, C): B^T d B of the picture's tiles from `first` on, or A y A^T of a gradient's. Beyond the picture's
+last tile they are zero. */
+INLINE void take(const number *picture, Shape s, long first, long rows, int panels, int of_output, float *to) {
     Tiles t = tiles_of(s);
-    for (long tile = first + from_row; tile < first + to_row; tile++) {
+    for (long tile = first; tile < first + rows; tile++) {
         long start = least(tile, t.count - 1) / (t.down * t.across) * s.height * s.width * s.channels;
         const number *from = picture + start;
         long top = tile / t.across % t.down * 4, left = tile % t.across * 4, where[36];
@@ -121,9 +120,9 @@ INLINE void take(const number *picture, Shape s, long first, long from_row, long
         else find(s, top - 1, left - 1, 6, where);
         for (long c = 0; c < s.channels; c += WIDTH) {
             long row = tile - first;
-            float *out = to + (panels ? in_panels(row, c, room, s.channels) : row * s.channels + c);
+            float *out = to + (panels ? in_panels(row, c, rows, s.channels) : row * s.channels + c);
             if (tile >= t.count) {
-                for (int k = 0; k < 36; k++) AT(out, k * room * s.channels) = (v){0};
+                for (int k = 0; k < 36; k++) AT(out, k * rows * s.channels) = (v){0};
                 continue;
             }
             v pixels[6], half[36], last[6];
@@ -140,7 +139,7 @@ INLINE void take(const number *picture, Shape s, long first, long from_row, long
             for (int i = 0; i < 6; i++) {
                 if (of_output) a(half + 4 * i, 1, last, 1);
                 else b_t(half + 6 * i, 1, last, 1);
-                for (int j = 0; j < 6; j++) AT(out, (i * 6 + j) * room * s.channels) = last[j];
+                for (int j = 0; j < 6; j++) AT(out, (i * 6 + j) * rows * s.channels) = last[j];
             }
         }
     }
@@ -231,7 +230,7 @@ int limner_convolve(const number *picture, const float *filters, const float *bi
         for (long first = 0; first < count; first += block) {
             if (!seen) continue;
             long last = least(first + block, count);
-            take(picture, s, first, 0, block, block, 0, 0, seen);
+            take(picture, s, first, block, 0, 0, seen);
             for (long o = 0; o < outs; o += PANEL) {
                 int wide = (int)least(PANEL, outs - o);
                 for (long k = 0; k < 36; k++)
@@ -241,8 +240,8 @@ int limner_convolve(const number *picture, const float *filters, const float *bi
                         if (wide == PANEL) multiply(x, ins, 1, y, PANEL, ins, 2, out, PANEL, 0);
                         else multiply(x, ins, 1, y, WIDTH, ins, 1, out, PANEL, 0);
                     }
-                put(made, bias ? bias + o : NULL, bias_step, residual ? residual + o : NULL, to + o, result, first, last,
-                    wide);
+                put(made, bias ? bias + o : NULL, bias_step, residual ? residual + o : NULL, to + o, result, first,
+                    last, wide);
             }
         }
         free(seen);
@@ -251,50 +250,49 @@ int limner_convolve(const number *picture, const float *filters, const float *bi
 }
 
 /* The gradient (O, 3, 3, C) by the filters, from the picture (N, H, W, C) and that by the result (N, H, W, O). Each
-thread sums over tiles of its own. */
+worker sums over tiles of its own. Where they are fewer than the threads, some of these wait: a smaller team would end
+them, and the next would have to start others. */
 int limner_by_filter(const number *picture, const number *gradient, float *to, Shape s, long outs) {
-    long ins = s.channels, count = tiles_of(s).count, size = 36 * ins * outs;
+    long ins = s.channels, count = tiles_of(s).count, size = 36 * ins * outs, most = size > SUMS ? MANY : FEW;
     Shape result = {s.pictures, s.height, s.width, outs};
-    long threads = least(omp_get_max_threads(), least((count + FEW - 1) / FEW, 1 + MOST / size));
-    long most = (size > SUMS ? MANY : FEW) * threads, blocks = (count + most - 1) / most * threads;
-    long block = (count + blocks - 1) / blocks;
-    float *sums = aligned_alloc(64, sizeof(float) * threads * size);
+    long workers = least(omp_get_max_threads(), least((count + FEW - 1) / FEW, 1 + MOST / size));
+    long blocks = (count + most * workers - 1) / (most * workers); /* of each worker */
+    long block = (count + blocks * workers - 1) / (blocks * workers);
+    workers = (count + blocks * block - 1) / (blocks * block); /* that have any tiles */
+    float *sums = aligned_alloc(64, sizeof(float) * workers * size);
     int failed = !sums;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel
     {
-        float *seen = aligned_alloc(64, sizeof(float) * 36 * block * (ins + outs)), *asked = seen + 36 * block * ins;
-        float *own = sums + omp_get_thread_num() * size;
-        if (!seen) failed = 1;
-        int begun = 0;
-#pragma omp for schedule(static) nowait
-        for (long first = 0; first < count; first += block) {
-            if (!seen || !sums) continue;
-            take(picture, s, first, 0, block, block, 1, 0, seen);
-            take(gradient, result, first, 0, block, block, 1, 1, asked);
-            for (long k = 0; k < 36; k++)
-                for (long o = 0; o < outs; o += ROWS) {
-                    const float *x = asked + k * block * outs + in_panels(0, o, block, outs);
-                    long step = least(PANEL, outs - o / PANEL * PANEL);
-                    for (long c = 0; c < ins; c += PANEL) {
-                        const float *y = seen + (k * ins + c) * block;
-                        float *sum = own + (k * outs + o) * ins + c;
-                        if (ins - c >= PANEL) multiply(x, 1, step, y, PANEL, block, 2, sum, ins, begun);
-                        else multiply(x, 1, step, y, WIDTH, block, 1, sum, ins, begun);
+#pragma omp for schedule(static)
+        for (long worker = 0; worker < workers; worker++) {
+            float *seen = aligned_alloc(64, sizeof(float) * 36 * block * (ins + outs));
+            float *asked = seen + 36 * block * ins, *own = sums + worker * size;
+            if (!seen) failed = 1;
+            for (long part = 0; part < blocks && sums && seen; part++) {
+                long first = (worker * blocks + part) * block;
+                take(picture, s, first, block, 1, 0, seen);
+                take(gradient, result, first, block, 1, 1, asked);
+                for (long k = 0; k < 36; k++)
+                    for (long o = 0; o < outs; o += ROWS) {
+                        const float *x = asked + k * block * outs + in_panels(0, o, block, outs);
+                        long step = least(PANEL, outs - o / PANEL * PANEL);
+                        for (long c = 0; c < ins; c += PANEL) {
+                            const float *y = seen + (k * ins + c) * block;
+                            float *sum = own + (k * outs + o) * ins + c;
+                            if (ins - c >= PANEL) multiply(x, 1, step, y, PANEL, block, 2, sum, ins, part > 0);
+                            else multiply(x, 1, step, y, WIDTH, block, 1, sum, ins, part > 0);
+                        }
                     }
-                }
-            begun = 1;
+            }
+            free(seen);
         }
-        free(seen);
-        for (long i = 0; i < size && !begun && !failed; i++) own[i] = 0;
-#pragma omp barrier
-        long had = omp_get_num_threads(); /* may be fewer than asked for */
 #pragma omp for schedule(static)
         for (long o = 0; o < outs; o++)
             for (long c = 0; c < ins && !failed; c += WIDTH) {
                 v u[36], half[18], small[9];
                 for (int k = 0; k < 36; k++) {
                     u[k] = AT(sums, (k * outs + o) * ins + c);
-                    for (long other = 1; other < had; other++) u[k] += AT(sums + other * size, (k * outs + o) * ins + c);
+                    for (long w = 1; w < workers; w++) u[k] += AT(sums + w * size, (k * outs + o) * ins + c);
                 }
                 for (int j = 0; j < 6; j++) g_t(u + j, 6, half + j, 6);
                 for (int i = 0; i < 3; i++) g_t(half + 6 * i, 1, small + 3 * i, 1);
