@@ -61,9 +61,9 @@ def test_a_convolution_and_its_gradients(shape: tuple[int, ...], layout: Any, lo
     exact = [t.detach().double().requires_grad_() for t in inputs]
     theirs = gradients(lambda: F.conv2d(exact[0], exact[1], exact[2], padding=1), exact)
     for mine, other in zip(gradients(lambda: conv(x), inputs), theirs, strict=True):
-        assert near(mine, other, 2e-4)
+        assert near(mine, other, 5e-5)
     with torch.no_grad():
-        assert near(conv(x), theirs[0], 2e-4)
+        assert near(conv(x), theirs[0], 5e-5)
 
 
 @pytest.mark.usefixtures("loops")
@@ -81,19 +81,24 @@ def test_an_offset_of_each_picture_and_its_gradient(batch: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3, 7])
 @pytest.mark.parametrize("channels", [32, 112])
-def test_a_gradient_by_any_number_of_threads(threads: int, channels: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_by_any_number_of_threads(threads: int, channels: int, dtype: torch.dtype,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     torch.manual_seed(0)
-    conv = Conv3x3(channels, channels)
+    monkeypatch.setattr(winograd, "faster_in_bf16", lambda: True)
+    conv, half = Conv3x3(channels, channels), dtype == torch.bfloat16
     own = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for batch in (2, 11, 50):
-            x = torch.randn(batch, channels, 15, 13)
-            upstream = torch.randn(x.shape)
-            (mine,) = torch.autograd.grad(conv(x), [conv.weight], upstream)
+            x = torch.randn(batch, channels, 15, 13).to(dtype)
+            upstream = torch.randn(x.shape).to(dtype)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                y = conv(x)
+            (mine,) = torch.autograd.grad(y, [conv.weight], upstream)
             exact = conv.weight.detach().double().requires_grad_()
             (other,) = torch.autograd.grad(F.conv2d(x.double(), exact, padding=1), [exact], upstream.double())
-            assert near(mine, other, 2e-4)
+            assert near(mine, other, 0.1 if half else 5e-5)
     finally:
         torch.set_num_threads(own)
 
@@ -119,7 +124,8 @@ def test_a_convolution_under_autocast(faster: bool, given: torch.dtype, loops: b
     assert [t.dtype for t in found[1:]] == [t.dtype for t in inputs]
     assert found[0].dtype == torch.bfloat16
     for mine, other in zip(found, theirs, strict=True):
-        assert near(mine.double(), other, 0.05)
+        assert near(mine.double(), other, 0.1)  # a rounding of 2^-9 in Winograd's numbers is one of 0.012 afterwards
+        assert float((mine - other).std()) <= 0.015 * float(other.std())
 
 
 def test_which_is_faster_in_bf16_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

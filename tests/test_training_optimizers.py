@@ -145,6 +145,9 @@ def test_a_bad_gradient_leaves_weights_and_state(kind: str, poison: float) -> No
     for gradient in optimizer.gradients():
         gradient.view(-1)[0] = poison
     optimizer.step(divisor=torch.tensor(poison), bad=torch.tensor(True))
+    for bank in optimizer._banks:  # as on a GPU, which isn't asked
+        with torch.no_grad():
+            optimizer._step_muon(bank, 0.02, torch.tensor(poison), torch.tensor(True))
     assert all(torch.equal(t, weights[n]) for n, t in module.state_dict().items())
     assert all(torch.equal(t, state[n]) for n, t in optimizer.state_dict().items())
     backward(module, 1)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
-"""Of the compiler, for this very processor. OpenMP's runtime isn't linked: PyTorch has loaded one, and the threads of
-a second would fight with its own."""
+FLAGS = ("-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
+"""Of the compiler, for this very processor. What was written as numbers is read as vectors, or as pairs. OpenMP's
+runtime isn't linked: PyTorch has loaded one, and the threads of a second would fight with its own."""
 COMPILERS = ("gcc", "cc", "clang")
 SECONDS = 60
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"

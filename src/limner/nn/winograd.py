@@ -7,10 +7,11 @@ The picture is cut into tiles d of 6x6 pixels that overlap by two. With a filter
 by 36 products instead of 144. Over all tiles T, channels in C and out O, they are 36 products of matrices, (T, C) by
 (C, O), which are loops in C as the transforms by A, B and G are (`winograd.c`). The gradient by the picture is a
 convolution as well; that by the filter is G^T [sum over tiles of (A dy A^T) . (B^T d B)] G. Results differ from those
-of PyTorch's convolution by some 1e-5 of their standard deviation.
+of the exact convolution by some 1e-6 of their standard deviation (root mean square).
 
-All this is computed in float32. Under bf16 autocast pictures are read and written in bf16, if that is faster than
-PyTorch's convolution, which computes in it.
+Under bf16 autocast pictures are read and written in bf16, if that is faster than PyTorch's convolution. On a processor
+that multiplies in bf16 (AVX-512) the products are in it as well, summed in float32: of random pictures, results are
+then off by 1.2% of their standard deviation, where a plain convolution in bf16 is by .2%.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and (len(x) * tiles >= LEAST_TILES if weight.requires_grad else enough)
         and x.dtype in (torch.float32, dtype)
         and dtype in (torch.float32, torch.bfloat16)
-        and None not in (_loops(dtype), _loops(torch.float32))
+        and _loops(dtype) is not None
         and (dtype == torch.float32 or faster_in_bf16())
     )
 
@@ -120,7 +121,8 @@ class _Winograd(torch.autograd.Function):
         rows = _rows(x)
         ctx.save_for_backward(rows, weight)
         ctx.by_picture = bias is not None and bias.dim() == 2
-        return _picture(_convolve(rows, _filters(weight), bias, None if residual is None else _rows(residual)))
+        filters, residual = _filters(weight, rows.dtype), None if residual is None else _rows(residual)
+        return _picture(_convolve(rows, filters, bias, residual))
 
     @staticmethod
     @once_differentiable
@@ -128,7 +130,7 @@ class _Winograd(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         grad = _rows(grad_outputs[0])
         of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad
-        turned = _filters(weight, turned=True) if of_x else None
+        turned = _filters(weight, rows.dtype, turned=True) if of_x else None
         return (
             None if turned is None else _picture(_convolve(grad, turned)),
             _by_filter(rows, grad) if of_weight else None,
@@ -153,14 +155,15 @@ def _by_filter(rows: Tensor, grad: Tensor) -> Tensor:
     return by.permute(0, 3, 1, 2)
 
 
-def _filters(weight: Tensor, turned: bool = False) -> Tensor:
-    """(O, C, 3, 3) -> G g G^T (36, C, O); turned: of the filters turned by 180 degrees, from O to C: (36, O, C)."""
+def _filters(weight: Tensor, dtype: torch.dtype, turned: bool = False) -> Tensor:
+    """(O, C, 3, 3) -> G g G^T (36, C, O); turned: of the filters turned by 180 degrees, from O to C: (36, O, C). As
+    the loops of this dtype read them: pairs of bf16 fill half of the place."""
     weight = weight.detach()
     (outs, ins), (out, into, y, x) = weight.shape[:2], weight.stride()
     made = weight.new_empty(36, outs, ins) if turned else weight.new_empty(36, ins, outs)
     last = weight.data_ptr() + weight.element_size() * 2 * (y + x)
     given = (last, -y, -x, out, into, outs, ins) if turned else (weight, y, x, into, out, ins, outs)
-    native.call(_loops(torch.float32), "limner_filters", *given, made)
+    native.call(_loops(dtype), "limner_filters", *given, made)
     return made
 
 

@@ -1,6 +1,6 @@
 """AdamW for every parameter, or Muon for the hidden matrices and AdamW for the rest: one optimizer, one state.
 
-A step never asks the device for a number: clipping enters as a divisor of the gradients, and a bad gradient (NaN or
+A step never asks a GPU for a number: clipping enters as a divisor of the gradients, and a bad gradient (NaN or
 infinite) as a flag that leaves weights and state as they are, both as tensors.
 """
 
@@ -109,8 +109,11 @@ class Optimizer:
         device = self.parameters[0].device
         divisor = torch.ones((), device=device) if divisor is None else divisor.float()
         bad = torch.zeros((), device=device) if bad is None else bad.float()
+        known = device.type == "cpu"  # there the answer is at hand, and spares passes over all weights
+        if known and bad > 0:
+            return
         for bank in self._banks:
-            self._step_muon(bank, self.config.muon_lr * lr_share, divisor, bad > 0)
+            self._step_muon(bank, self.config.muon_lr * lr_share, divisor, None if known else bad > 0)
         for decay, matrices in ((self.config.weight_decay, True), (0.0, False)):
             self._step_adamw([p for p in self._adamw if (p.ndim >= 2) == matrices and p.grad is not None],
                              self.config.lr * lr_share, decay, divisor, bad)  # fmt: skip
@@ -139,17 +142,18 @@ class Optimizer:
             maximize=False,
         )
 
-    def _step_muon(self, bank: Bank, lr: float, divisor: Tensor, bad: Tensor) -> None:
+    def _step_muon(self, bank: Bank, lr: float, divisor: Tensor, bad: Tensor | None) -> None:
         """Nesterov momentum, orthogonalised. A weight without a gradient counts as one with a gradient of zero."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bank.parameters]
-        gradient = torch.stack([_matrix(g) for g in grads]).float() / divisor
-        gradient = torch.where(bad, bank.momentum, gradient)
+        gradient = torch.stack([_matrix(g) for g in grads]).float().div_(divisor)
+        gradient = gradient if bad is None else torch.where(bad, bank.momentum, gradient)
         bank.momentum.lerp_(gradient, 1.0 - MUON_MOMENTUM)
-        update = orthogonalised(gradient.lerp(bank.momentum, MUON_MOMENTUM))
-        update = torch.where(bad, 0.0, update * (-lr * bank.step_scale))
+        update = orthogonalised(gradient.lerp_(bank.momentum, MUON_MOMENTUM)) * (-lr * bank.step_scale)
+        update = update if bad is None else torch.where(bad, 0.0, update)
         weights = list[Tensor](bank.parameters)
         if self.config.weight_decay:
-            torch._foreach_mul_(weights, torch.where(bad, 1.0, 1.0 - lr * self.config.weight_decay))
+            left = 1.0 - lr * self.config.weight_decay
+            torch._foreach_mul_(weights, left if bad is None else torch.where(bad, 1.0, left))
         views = [_last(w) for w in weights]
         torch._foreach_add_(views, [u.view(v.shape) for u, v in zip(update.unbind(), views, strict=True)])
 
