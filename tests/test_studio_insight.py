@@ -36,10 +36,11 @@ def test_the_way_ends_in_the_picture_that_is_drawn_alone(tmp_path: Path) -> None
     assert all(map_.shape == (8, 8) and (map_ >= 0).all() for _, map_ in found.words)
 
 
-def test_each_pixel_spreads_its_attention_over_the_words_that_there_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_each_pixel_spreads_its_attention_over_the_words_that_there_are(tmp_path: Path, half: bool) -> None:
     run = tiny_studio.write_run(tmp_path / "words", tiny_studio.text_recipe(), ["a red cat", "a blue dog"])
     generator = limner.load(run)
-    with attention(generator.model.network, (8, 8)) as watched:
+    with attention(generator.model.network, (8, 8)) as watched, torch.autocast("cpu", torch.bfloat16, enabled=half):
         generator.sample(text="a red cat", steps=4, guidance=1.0)
     assert watched.maps is not None
     whole = watched.maps.sum(0)

@@ -104,7 +104,8 @@ def attention(network: torch.nn.Module, size: tuple[int, ...]) -> Iterator[Watch
         mask = given[2] if len(given) > 2 else None
         q = module.q(given[0][:1]).float().unflatten(2, (module.heads, -1)).transpose(1, 2)
         k = module.kv(tokens[:1]).chunk(2, dim=2)[0].float().unflatten(2, (module.heads, -1)).transpose(1, 2)
-        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        with torch.autocast(q.device.type, enabled=False):  # else the product is in bf16, which NumPy doesn't know
+            scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask[:1, None, None, :], -torch.inf)
         watched.add(scores.softmax(dim=3).mean(1)[0].cpu())
