@@ -151,7 +151,8 @@ def test_pieces_are_written_while_training_goes_on(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Training, "step", lambda training, batch: (step(training, batch), done.append(1)))
     settings: dict[str, Any] = {"images": 80, "checkpoint_every": 32, "shard": True, "keep_last": 3}
     in_two(tmp_path / "run", without_dropout(background=background, **settings))
-    assert (tmp_path / f"steps-{6 if background else 4}").exists()
+    first = min(int(path.name.removeprefix("steps-")) for path in tmp_path.glob("steps-*"))
+    assert first >= 6 if background else first == 4  # it looks ten times a second, so it may see more than six
     run(tmp_path / "one", without_dropout(**settings | {"images": 32}))
     found = {path.name: path for path in (tmp_path / "run" / "checkpoints").iterdir()}
     early = Checkpoint(found["images-000000032"], 32, {}).tensors("model")
