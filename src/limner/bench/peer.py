@@ -247,7 +247,8 @@ class Noise:
 def _own_step(pair: Pair, batch: int, folder: Path, display: Display) -> Contender:
     from limner.training.draws import Batches
 
-    training = pair.config.training.model_copy(update={"batch": batch, "images": 10**9, "compile": "off"})
+    settings = {"batch": batch, "images": 10**9, "compile": "off", "precision": "auto"}  # as presets have it
+    training = pair.config.training.model_copy(update=settings)
     config = pair.config.model_copy(update={"training": training})
     data, model = Noise(), copy.deepcopy(pair.own).requires_grad_(True)
     accelerator = accelerator_for(config, folder)
