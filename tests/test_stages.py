@@ -117,6 +117,15 @@ def test_a_stop_in_the_first_stage_is_resumed(workshop: Path, tmp_path: Path, mo
     assert all(one[name].equal(other[name]) for name in one)
 
 
+def test_the_first_stage_is_over_once_the_second_has_begun(workshop: Path, tmp_path: Path) -> None:
+    """A longer budget has a larger share of it, but what has learned from some latents wouldn't know others."""
+    assert train(workshop, tmp_path / "run") == 0
+    before = read_model(tmp_path / "run" / "autoencoder")
+    assert run(["train", "--out", str(tmp_path / "run"), "--resume", "--images", "160"]) == 0
+    after, inside = read_model(tmp_path / "run" / "autoencoder"), read_model(tmp_path / "run")
+    assert all(before[name].equal(after[name]) and before[name].equal(inside[name]) for name in before)
+
+
 def test_a_given_autoencoder_is_taken(learnt: Path, workshop: Path, tmp_path: Path) -> None:
     assert train(workshop, tmp_path / "second", "--autoencoder", str(learnt)) == 0
     inside, first = read_model(tmp_path / "second"), read_model(learnt / "autoencoder")

@@ -73,7 +73,8 @@ def train(recipe: RunConfig, pictures: Dataset, out: Path, *, given: Given | Non
         Checkpoints(out).begin(recipe)
         resume = True
         if recipe.space.source is None:
-            first = _first_stage(recipe, recipe.space, pictures, out / FIRST_STAGE, started_at, console)
+            begun = Checkpoints(out).newest() is not None
+            first = _first_stage(recipe, recipe.space, pictures, out / FIRST_STAGE, started_at, console, over=begun)
             if first.stopped is not None:
                 return TrainResult(out, 0, first.seconds, first.figures, first.stopped)
             spent_s, started_at = first.seconds, time.monotonic()
@@ -119,10 +120,14 @@ def _task(model: build.Model, recipe: RunConfig, data: Dataset) -> Any:
 
 
 def _first_stage(recipe: RunConfig, space: LatentSpace, pictures: Dataset, out: Path, started_at: float,
-                 console: Console | None) -> TrainResult:  # fmt: skip
-    """Train the autoencoder, or go on with it, within its share of the budget."""
+                 console: Console | None, *, over: bool) -> TrainResult:  # fmt: skip
+    """Train the autoencoder, or go on with it, within its share of the budget; not where it's `over`: what has learned
+    from its latents would not know others, though a longer budget has a larger share."""
     whole, own = recipe.training, space.training
-    if own.images is None and own.budget_s is None:
+    done = Checkpoints(out).latest() if over else None
+    if done is not None:
+        own = own.model_copy(update={"images": done.images, "budget_s": None})
+    elif own.images is None and own.budget_s is None:
         images = None if whole.images is None else max(1, round(space.share * whole.images))
         budget_s = None if whole.budget_s is None else space.share * whole.budget_s
         own = own.model_copy(update={"images": images, "budget_s": budget_s})
