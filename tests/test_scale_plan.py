@@ -181,6 +181,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| network " in out
     assert "a million pictures" in out
     assert run(["plan", "cifar10", "--devices", "3xH100"]) == 2
-    assert capsys.readouterr().err == "limner: batch 32: should be a multiple of the 3 devices, such as 30 or 33\n"
+    assert capsys.readouterr().err == "limner: batch 64: should be a multiple of the 3 devices, such as 63 or 66\n"
     assert run(["plan", "cifar10-classifier"]) == 2
     assert "only the training of diffusion models is planned" in capsys.readouterr().err
