@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from limner.config import DataConfig
 from limner.data.dataset import prepare
+from limner.evaluation.metrics import frechet_distance, gaussian
 from limner.hardware import autocast
 
 EPOCHS, BATCH, LR, DECAY = 7, 256, 0.4, 5e-4
@@ -104,15 +105,6 @@ def seen(judge: Judge, pictures: Any) -> tuple[Tensor, Tensor]:
     return torch.cat(features), torch.cat(classes)
 
 
-def distance(real: Tensor, made: Tensor) -> float:
-    """The Fréchet distance of two clouds (N, D) (Heusel et al. 2017, equation 6)."""
-    (m, c), (n, d) = ((x.double().mean(0), x.double().T.cov()) for x in (real, made))
-    values, vectors = torch.linalg.eigh(c)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ d @ root).clamp_min(0).sqrt().sum()
-    return float((m - n).square().sum() + c.trace() + d.trace() - 2 * cross)
-
-
 def rows(folder: str, split: str) -> tuple[Any, Tensor]:
     data = prepare(DataConfig(source=folder, split=split, size=(32, 32), held_out=0), ["label"])
     return data.uint8(np.arange(len(data.labels))), torch.from_numpy(np.asarray(data.labels)).long()
@@ -137,7 +129,7 @@ def main() -> None:
         return
     judge = Judge().to(memory_format=torch.channels_last).eval()
     judge.load_state_dict(torch.load(given.judge, weights_only=True))
-    real = seen(judge, rows(given.data, "train")[0])[0]
+    real = gaussian(seen(judge, rows(given.data, "train")[0])[0])
     print("| samples | number | FD | class accuracy |\n| --- | --- | --- | --- |")
     for path in [None, *given.samples]:
         pictures, asked = test[:1000], answers[:1000]
@@ -145,8 +137,8 @@ def main() -> None:
             with np.load(path) as held:
                 pictures, asked = held["x"], torch.from_numpy(held["y"])
         features, classes = seen(judge, pictures)
-        right = (classes == asked).float().mean()
-        print(f"| {path or 'real test pictures'} | {len(pictures)} | {distance(real, features):.3f} | {right:.3f} |")
+        distance, right = frechet_distance(real, gaussian(features)), (classes == asked).float().mean()
+        print(f"| {path or 'real test pictures'} | {len(pictures)} | {distance:.3f} | {right:.3f} |")
 
 
 if __name__ == "__main__":
