@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limner.nn.norm import GroupNorm
+from limner.nn.matrices import Conv1x1
 from limner.nn.winograd import Conv3x3
 
 Modulation = Literal["scale_shift", "add"]
@@ -135,7 +136,7 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(out_channels, groups, eps)
         self.dropout = Dropout(dropout)
         self.conv2 = zeroed(Conv3x3(out_channels, out_channels))
-        self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        self.skip = Conv1x1(channels, out_channels) if channels != out_channels else nn.Identity()
         resamplers = {"down": Downsample, "up": Upsample}
         self.resample = resamplers[resample](channels, convolve=False) if resample else nn.Identity()
 

@@ -1,11 +1,11 @@
 /* Vectors of floats as wide as the processor's. Whatever they are read from and written to need not be aligned. */
 
 #if defined(BF16) && defined(__AVX512BF16__)
-#include <immintrin.h>
 #define MULTIPLIES_BF16
 #endif
 
 #ifdef __AVX512F__
+#include <immintrin.h>
 #define WIDTH 16 /* channels in one vector */
 #else
 #define WIDTH 8

@@ -42,7 +42,7 @@ from limner.training.devices import (
 from limner.training.draws import Batches, Source, seed_of
 from limner.training.ema import EMA
 from limner.training.optimizers import Optimizer
-from limner.training.progress import Display, MetricsFile, duration
+from limner.training.progress import Display, MetricsFile, duration, remembers
 from limner.training.sharded import flat, gathered, read_into, staged
 from limner.training.share import Share
 from limner.training.signals import StopRequest
@@ -491,6 +491,8 @@ class Training:
         wait_for_processes(self.accelerator)
         self.compiled.undo()
         seconds = self.clock.elapsed_s
+        if self.task.best_is is None and (warning := remembers(self.out, self.held_out[1], self.best)):
+            self.display.say(warning)
         words = {"signal": f"stopped by {signal_name}; go on with --resume", "patience": "ended early: no better since"}
         self.display.say(
             f"{self.out}: {self.clock.images:,} images in {duration(seconds)}, {words.get(reason or '', 'done')}"

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 LINE_EVERY_S = 20.0
+REMEMBERS = 1.1
+"""Held-out loss over the least so far from which on the user is told."""
 
 
 class Display:
@@ -71,6 +73,16 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+
+
+def remembers(run: Path, held_out: float | None, best: float | None) -> str | None:
+    """What to say of a held-out loss that has risen well above the least so far; else nothing."""
+    if held_out is None or best is None or held_out <= REMEMBERS * best:
+        return None
+    return (
+        f"{run}: held_out_loss was {best:.3g} and is {held_out:.3g} now: it begins to remember its training pictures; "
+        "docs/troubleshooting.md says what helps"
+    )
 
 
 class MetricsFile:
