@@ -15,7 +15,15 @@ from limner.nn.matrices import Conv1x1, convolution
 from limner.nn.winograd import Conv3x3
 
 needs_matrices = pytest.mark.skipif(not matrices.available(), reason="this processor has no matrices (AMX)")
-SHAPES = [(2, 16, 32, 5, 7), (3, 48, 80, 9, 13), (64, 64, 48, 4, 4), (5, 32, 32, 33, 31), (1, 96, 64, 64, 64)]
+SHAPES = [
+    (2, 16, 32, 5, 7),
+    (3, 16, 16, 1, 1),
+    (2, 160, 96, 2, 9),
+    (3, 48, 80, 9, 13),
+    (64, 64, 48, 4, 4),
+    (5, 32, 32, 33, 31),
+    (1, 96, 64, 64, 64),
+]
 
 
 def given(shape: tuple[int, ...], side: int, layout: Any = torch.channels_last) -> list[Tensor]:
@@ -51,6 +59,34 @@ def test_gradients_by_filters_and_bias_are_exact(shape: tuple[int, ...], side: i
     found, true = gradients(*tensors), exact(*tensors)
     for mine, other, within in zip(found, true, (0.02, 0.02, 2e-5, 2e-5), strict=True):  # bf16 where PyTorch's are
         assert float((mine.double() - other).abs().max()) <= within * float(other.std())
+
+
+@needs_matrices
+def test_a_picture_in_bf16_however_it_lies() -> None:
+    large = torch.randn(6, 64, 11, 11).bfloat16().to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(32, 32, 3, 3, requires_grad=True), torch.zeros(32)
+    parts = [large[:, :32].clone(), large[:, :32], large.chunk(2, 1)[1], large[:, :32, :8, :8], large[::2, 32:],
+             large[:1, :32].expand(3, -1, -1, -1)]  # fmt: skip
+    for x in parts:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert matrices.pays(x, weight, bias)
+            y = convolution(x, weight, bias)
+        upstream = torch.randn(y.shape).bfloat16()
+        (mine,) = torch.autograd.grad(y, [weight], upstream)
+        true = exact(x, weight, bias, upstream.float())[2]
+        assert float((mine.double() - true).abs().max()) <= 2e-5 * float(true.std())
+
+
+@needs_matrices
+def test_kept_in_another_layout_for_the_way_back() -> None:
+    x, weight, bias, upstream = given((4, 32, 32, 16, 16), 3)
+    weight.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = convolution(x, weight, bias)
+    (mine,) = torch.autograd.grad(y, [weight], upstream.bfloat16())
+    true = exact(x, weight, bias, upstream)[2]
+    assert float((mine.double() - true).abs().max()) <= 2e-5 * float(true.std())
 
 
 @needs_matrices
@@ -96,6 +132,7 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not matrices.pays(x, conv.weight, conv.bias)
         frozen = conv.weight.detach()
         assert not matrices.pays(x, frozen, conv.bias)
+        assert not matrices.pays(x[0], conv.weight, conv.bias)
         assert not matrices.pays(x[:, :20], torch.randn(16, 20, 1, 1, requires_grad=True), conv.bias)
         monkeypatch.setattr(matrices, "available", lambda: False)
         assert not matrices.pays(x, conv.weight, conv.bias)

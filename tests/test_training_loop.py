@@ -268,7 +268,7 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     assert not same(load_file(tmp_path / "model.safetensors"), weights(tmp_path, "ema"))
 
 
-@pytest.mark.parametrize(("last", "told"), [(2.1, False), (3.0, True)])
+@pytest.mark.parametrize(("last", "told"), [(2.1, False), (float("nan"), False), (3.0, True)])
 def test_a_model_that_remembers_is_told_of(tmp_path: Path, last: float, told: bool) -> None:
     figures = iter([4.0, 2.0, last, last])
 
@@ -277,7 +277,7 @@ def test_a_model_that_remembers_is_told_of(tmp_path: Path, last: float, told: bo
 
     console = Console(record=True, width=300)
     run(tmp_path, recipe(images=48, held_out_every=16), change=change, console=console)
-    assert ("held_out_loss was 2 and is 3 now: it begins to remember" in console.export_text()) == told
+    assert ("held_out_loss was 2 and is 3 now: it may be remembering" in console.export_text()) == told
 
 
 def test_compiled_networks_keep_their_names_and_a_failing_compiler_is_survived(

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limner.nn.norm import GroupNorm
 from limner.nn.matrices import Conv1x1
+from limner.nn.norm import GroupNorm
 from limner.nn.winograd import Conv3x3
 
 Modulation = Literal["scale_shift", "add"]

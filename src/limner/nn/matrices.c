@@ -3,7 +3,7 @@ processor multiplies matrices of bf16 (AMX): D[i, j] = sum over pixels p of g[p]
 
 Pictures (N, H, W, C) are laid out on a tape, pixel after pixel, `pad` pixels of zeros after each row and as many such
 rows after each picture. So all neighbours p + (i, j) of a pixel are at the same distance, i (W + pad) + j, whatever the
-row; where g is 0 it doesn't matter what x is. D is a product of matrices along the tape, which is cut into chunks.
+row; where g is 0 any finite x will do. D is a product of matrices along the tape, which is cut into chunks.
 
 The processor reads pairs of pixels, for which a distance may be odd: x is kept twice, in pairs from even pixels on and
 from odd ones on. All matrices are SIDE x SIDE `pair`s or floats, one after another. */
@@ -173,8 +173,12 @@ int limner_filter_gradient(const number *pictures, const number *gradient, float
             float *own = sums + worker * (size + outs);
             Config old, new = {.palette = 1};
             for (int m = 0; m < 8; m++) new.rows[m] = SIDE, new.bytes[m] = SIDE * sizeof(pair);
-            if (!asked || !where) failed = 1;
+            if (!asked || !where) {
+#pragma omp atomic write
+                failed = 1;
+            }
             _tile_storeconfig(&old); /* others may count on theirs */
+            __asm__ volatile("" ::"r"(&new), "r"(&old) : "memory"); /* gcc 12 thinks that 8 bytes of each are meant */
             _tile_loadconfig(&new);
             if (sums) memset(own, 0, sizeof(float) * (size + outs));
             for (long from = worker * chunk; from < t.pixels && sums && nothing && asked && where;
@@ -183,6 +187,7 @@ int limner_filter_gradient(const number *pictures, const number *gradient, float
                 take_turned(where, pairs, outs, asked, own + size);
                 find(pictures, s, t, from - before, 2 * seen + 1, nothing, where);
                 take(where, seen, ins, even, even + seen * ins);
+                __asm__ volatile("" ::: "memory"); /* nor does it know what is read into the matrices */
                 add_products(asked, even, even + seen * ins, pairs, seen, ins, outs, side, t.across, own);
             }
             _tile_loadconfig(&old);

@@ -22,6 +22,8 @@ from limner import native
 SOURCE = Path(__file__).with_name("matrices.c")
 WIDTH = 16
 """Channels that the loops take at once; others are left to PyTorch."""
+MOST_SUMS = native.LARGEST // 4
+"""Numbers in the sums of all threads, each of which has its own: the place of larger ones isn't kept for the next time."""
 
 
 class Conv1x1(nn.Conv2d):
@@ -47,9 +49,11 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         torch.is_grad_enabled()
         and weight.requires_grad
         and bias is not None
+        and x.dim() == 4
         and native.takes(x, weight, bias)
         and native.autocast_dtype() == torch.bfloat16
         and all(n % WIDTH == 0 for n in weight.shape[:2])
+        and weight.numel() * torch.get_num_threads() <= MOST_SUMS
         and available()
     )
 
@@ -64,7 +68,7 @@ def available() -> bool:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x = x.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+        x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
         filters = weight.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
         ctx.save_for_backward(x, filters)
         return F.conv2d(x, filters, bias.to(torch.bfloat16), padding=weight.shape[2] // 2)
@@ -73,6 +77,7 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, filters = ctx.saved_tensors
+        x = x.contiguous(memory_format=torch.channels_last)  # whoever kept it may have laid it out anew
         grad = grad_outputs[0].contiguous(memory_format=torch.channels_last)
         by_x = None
         if ctx.needs_input_grad[0]:

@@ -82,7 +82,8 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 def faster_in_bf16() -> bool:
     """Whether the loops beat this processor's bf16 convolutions; measured once on each kind and by each number of
     threads, and kept, so that later runs compute alike."""
-    question = f"bf16-{torch.get_num_threads()}-threads-torch-{torch.__version__}"
+    other = "matrices" if matrices.available() else "torch"
+    question = f"bf16-{torch.get_num_threads()}-threads-{other}-{torch.__version__}"
     return native.remembered(question, SOURCE, measured_faster_in_bf16)
 
 

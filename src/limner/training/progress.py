@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -77,10 +78,10 @@ def duration(seconds: float) -> str:
 
 def remembers(run: Path, held_out: float | None, best: float | None) -> str | None:
     """What to say of a held-out loss that has risen well above the least so far; else nothing."""
-    if held_out is None or best is None or held_out <= REMEMBERS * best:
+    if held_out is None or best is None or not REMEMBERS * best < held_out < math.inf or best <= 0:
         return None
     return (
-        f"{run}: held_out_loss was {best:.3g} and is {held_out:.3g} now: it begins to remember its training pictures; "
+        f"{run}: held_out_loss was {best:.3g} and is {held_out:.3g} now: it may be remembering its training pictures; "
         "docs/troubleshooting.md says what helps"
     )
 
