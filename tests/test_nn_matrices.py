@@ -81,9 +81,9 @@ def test_a_picture_in_bf16_however_it_lies() -> None:
 def test_kept_in_another_layout_for_the_way_back() -> None:
     x, weight, bias, upstream = given((4, 32, 32, 16, 16), 3)
     weight.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = convolution(x, weight, bias)
+    turned = torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t)
+    with turned, torch.autocast("cpu", torch.bfloat16):
+        y = convolution(x, weight, bias)
     (mine,) = torch.autograd.grad(y, [weight], upstream.bfloat16())
     true = exact(x, weight, bias, upstream)[2]
     assert float((mine.double() - true).abs().max()) <= 2e-5 * float(true.std())

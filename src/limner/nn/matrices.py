@@ -23,7 +23,7 @@ SOURCE = Path(__file__).with_name("matrices.c")
 WIDTH = 16
 """Channels that the loops take at once; others are left to PyTorch."""
 MOST_SUMS = native.LARGEST // 4
-"""Numbers in the sums of all threads, each of which has its own: the place of larger ones isn't kept for the next time."""
+"""Numbers in the sums of all threads, each of which has its own; the place of more isn't kept for the next time."""
 
 
 class Conv1x1(nn.Conv2d):

@@ -491,11 +491,7 @@ class Training:
         wait_for_processes(self.accelerator)
         self.compiled.undo()
         seconds = self.clock.elapsed_s
-        if (
-            self.config.distillation is None
-            and not self.task.best_is
-            and (warning := remembers(self.out, self.held_out[1], self.best))
-        ):
+        if not self.task.best_is and (warning := remembers(self.out, self.held_out[1], self.best)):
             self.display.say(warning)
         words = {"signal": f"stopped by {signal_name}; go on with --resume", "patience": "ended early: no better since"}
         self.display.say(
