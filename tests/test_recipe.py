@@ -19,22 +19,22 @@ def fitted(folder: Path, side: int, *settings: str, **more: Any) -> config.RunCo
 
 
 @pytest.mark.parametrize(
-    ("side", "size", "patch", "prediction", "weighting"),
-    [(20, 32, 2, "v_prediction", "simple"), (80, 64, 4, "sample", "min_snr")],
+    ("side", "size", "patch", "prediction"),
+    [(20, 32, 2, "v_prediction"), (80, 64, 4, "sample")],
 )
 def test_size_patch_and_prediction_follow_from_the_pictures(
-    tmp_path: Path, side: int, size: int, patch: int, prediction: str, weighting: str
+    tmp_path: Path, side: int, size: int, patch: int, prediction: str
 ) -> None:
     made = fitted(tmp_path, side)
     assert made.data.size == (size, size)
     assert isinstance(made.model, config.UNetConfig)
     assert made.model.patch == patch
-    assert (made.process.prediction, made.process.weighting.kind) == (prediction, weighting)
+    assert (made.process.prediction, made.process.weighting.kind) == (prediction, "min_snr")
     assert [section.kind for section in made.conditions] == ["label"]
 
 
 def test_what_the_user_says_stays(tmp_path: Path) -> None:
-    made = fitted(tmp_path, 80, "process.prediction=epsilon", "data.size=[48,48]")
+    made = fitted(tmp_path, 80, "process.prediction=epsilon", "process.weighting.kind=simple", "data.size=[48,48]")
     assert (made.process.prediction, made.process.weighting.kind) == ("epsilon", "simple")
     assert made.data.size == (48, 48)
 

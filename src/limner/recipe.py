@@ -20,7 +20,6 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
 GRID = 16
 """Patches along the shorter side of a picture, in the automatic recipe."""
 WIDE = 4
-OF_PICTURES = {"prediction": "sample", "weighting": {"kind": "min_snr"}}
 _MULTIPLES = {"": 1, "k": 1_000, "m": 1_000_000}
 
 
@@ -88,7 +87,7 @@ def automatic(raw: dict[str, Any]) -> dict[str, Any]:
     model = {"patch": patch, **raw["model"]}
     process = raw.get("process", {})
     if model["patch"] >= WIDE and "prediction" not in process:
-        process = {**OF_PICTURES, **process}
+        process = {**process, "prediction": "sample"}
     return {**raw, "data": {**raw["data"], "size": list(size)}, "model": model, "process": process}
 
 
