@@ -38,6 +38,12 @@ LARGEST, KEPT = 1 << 25, 1 << 30
 """Bytes: of a tensor whose place is kept, which glibc allows no larger; and of free memory that is kept."""
 
 
+class Shape(ctypes.Structure):
+    """Of pictures (N, H, W, C), as `vectors.h` has it."""
+
+    _fields_ = [(name, ctypes.c_long) for name in ("pictures", "height", "width", "channels")]
+
+
 def cache_root() -> Path:
     """`$LIMNER_CACHE`, else `~/.cache/limner`."""
     chosen = os.environ.get("LIMNER_CACHE")

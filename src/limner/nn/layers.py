@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limner.nn.matrices import Conv1x1
+from limner.nn.amx import Conv1x1
 from limner.nn.norm import GroupNorm
 from limner.nn.winograd import Conv3x3
 

@@ -17,6 +17,10 @@ typedef int whole __attribute__((vector_size(4 * WIDTH), aligned(4)));
 #define AT(base, offset) (*(v *)((base) + (offset)))
 #define INLINE static inline __attribute__((always_inline))
 
+typedef struct { long pictures, height, width, channels; } Shape;
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
 /* What pictures are kept in. They become floats where they are read. */
 #ifdef BF16
 typedef unsigned short number; /* the upper half of a float */

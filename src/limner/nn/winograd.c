@@ -45,10 +45,8 @@ INLINE void in_pairs(unit *to, v x, v none) { AT(to, 0) = x; }
 INLINE v plus_product(v sum, unit x, const unit *y) { return sum + x * AT(y, 0); }
 #endif
 
-typedef struct { long pictures, height, width, channels; } Shape;
 typedef struct { long across, down, count; } Tiles;
 
-static long least(long a, long b) { return a < b ? a : b; }
 
 static Tiles tiles_of(Shape s) {
     Tiles t = {(s.width + 3) / 4, (s.height + 3) / 4, 0};

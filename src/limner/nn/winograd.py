@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from limner import native
-from limner.nn import matrices
+from limner.nn import amx
 
 SOURCE = Path(__file__).with_name("winograd.c")
 TILE = 4
@@ -52,7 +52,7 @@ class Conv3x3(nn.Conv2d):
     def forward(self, input: Tensor, residual: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
         """The convolution of the input, plus the residual (B, O, H, W), plus the offset (B, O) at each pixel."""
         if not pays(input, self.weight, self.bias):
-            y = matrices.convolution(input, self.weight, self.bias)
+            y = amx.convolution(input, self.weight, self.bias)
             y = y if offset is None else y + offset[:, :, None, None]
             return y if residual is None else residual.to(y.dtype) + y
         bias = self.bias
@@ -82,7 +82,7 @@ def pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 def faster_in_bf16() -> bool:
     """Whether the loops beat this processor's bf16 convolutions; measured once on each kind and by each number of
     threads, and kept, so that later runs compute alike."""
-    other = "matrices" if matrices.available() else "torch"
+    other = "matrices" if amx.available() else "torch"
     question = f"bf16-{torch.get_num_threads()}-threads-{other}-{torch.__version__}"
     return native.remembered(question, SOURCE, measured_faster_in_bf16)
 
@@ -97,7 +97,7 @@ def measured_faster_in_bf16() -> bool:
             for shape, dtype in (((64, 64, 3, 3), torch.float32), ((16, 64, 16, 16), torch.bfloat16))
         )
         bias = torch.zeros(64, device="cpu", requires_grad=True)
-        seconds = {_winograd: math.inf, matrices.convolution: math.inf}
+        seconds = {_winograd: math.inf, amx.convolution: math.inf}
         for _ in range(ROUNDS):
             for way in seconds:
                 began = time.perf_counter()
@@ -105,7 +105,7 @@ def measured_faster_in_bf16() -> bool:
                     y = way(x, weight, bias)
                 y.sum().backward()
                 seconds[way] = min(seconds[way], time.perf_counter() - began)
-    return seconds[_winograd] < seconds[matrices.convolution]
+    return seconds[_winograd] < seconds[amx.convolution]
 
 
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -141,7 +141,7 @@ def _convolve(rows: Tensor, filters: Tensor, bias: Tensor | None = None, residua
     """rows (B, H, W, C) and filters (36, C, O) -> (B, H, W, O), plus bias (O) or (B, O) and residual (B, H, W, O)."""
     y = rows.new_empty(*rows.shape[:3], filters.shape[2])
     step = 0 if bias is None or bias.dim() == 1 else y.shape[3]
-    given = (rows, filters, bias, step, residual, y, _Shape(*rows.shape), y.shape[3])
+    given = (rows, filters, bias, step, residual, y, native.Shape(*rows.shape), y.shape[3])
     native.call(_loops(rows.dtype), "limner_convolve", *given)
     return y
 
@@ -149,7 +149,7 @@ def _convolve(rows: Tensor, filters: Tensor, bias: Tensor | None = None, residua
 def _by_filter(rows: Tensor, grad: Tensor) -> Tensor:
     """The gradient (O, C, 3, 3) from rows (B, H, W, C) and the gradient (B, H, W, O) by what came out."""
     by = rows.new_empty(grad.shape[3], 3, 3, rows.shape[3], dtype=torch.float32)
-    native.call(_loops(rows.dtype), "limner_by_filter", rows, grad, by, _Shape(*rows.shape), grad.shape[3])
+    native.call(_loops(rows.dtype), "limner_by_filter", rows, grad, by, native.Shape(*rows.shape), grad.shape[3])
     return by.permute(0, 3, 1, 2)
 
 
@@ -174,15 +174,11 @@ def _picture(rows: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2)
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_long) for name in ("pictures", "height", "width", "channels")]
-
-
 @lru_cache
 def _loops(dtype: torch.dtype) -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
     return native.compiled(SOURCE, {
         "limner_filters": [place, *[number] * 6, place],
-        "limner_convolve": [*[place] * 3, number, place, place, _Shape, number],
-        "limner_by_filter": [*[place] * 3, _Shape, number],
+        "limner_convolve": [*[place] * 3, number, place, place, native.Shape, number],
+        "limner_by_filter": [*[place] * 3, native.Shape, number],
     }, dtype)  # fmt: skip

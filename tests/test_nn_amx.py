@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from limner.nn import matrices, winograd
-from limner.nn.matrices import Conv1x1, convolution
+from limner.nn import amx, winograd
+from limner.nn.amx import Conv1x1, convolution
 from limner.nn.winograd import Conv3x3
 
-needs_matrices = pytest.mark.skipif(not matrices.available(), reason="this processor has no matrices (AMX)")
+needs_matrices = pytest.mark.skipif(not amx.available(), reason="this processor has no matrices (AMX)")
 SHAPES = [
     (2, 16, 32, 5, 7),
     (3, 16, 16, 1, 1),
@@ -38,7 +38,7 @@ def given(shape: tuple[int, ...], side: int, layout: Any = torch.channels_last) 
 def gradients(x: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     with torch.autocast("cpu", torch.bfloat16):
-        assert matrices.pays(*inputs)
+        assert amx.pays(*inputs)
         y = convolution(*inputs)
     assert y.dtype == torch.bfloat16
     return y.detach(), *torch.autograd.grad(y, inputs, upstream.bfloat16())
@@ -69,7 +69,7 @@ def test_a_picture_in_bf16_however_it_lies() -> None:
              large[:1, :32].expand(3, -1, -1, -1)]  # fmt: skip
     for x in parts:
         with torch.autocast("cpu", torch.bfloat16):
-            assert matrices.pays(x, weight, bias)
+            assert amx.pays(x, weight, bias)
             y = convolution(x, weight, bias)
         upstream = torch.randn(y.shape).bfloat16()
         (mine,) = torch.autograd.grad(y, [weight], upstream)
@@ -125,17 +125,17 @@ def test_within_a_checkpoint_and_beside_products_of_pytorch() -> None:
 
 def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     conv, x = Conv1x1(32, 16), torch.randn(2, 32, 6, 6)
-    assert not matrices.pays(x, conv.weight, conv.bias)  # float32: exactly what it was
+    assert not amx.pays(x, conv.weight, conv.bias)  # float32: exactly what it was
     assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias))
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
-            assert not matrices.pays(x, conv.weight, conv.bias)
+            assert not amx.pays(x, conv.weight, conv.bias)
         frozen = conv.weight.detach()
-        assert not matrices.pays(x, frozen, conv.bias)
-        assert not matrices.pays(x[0], conv.weight, conv.bias)
-        assert not matrices.pays(x[:, :20], torch.randn(16, 20, 1, 1, requires_grad=True), conv.bias)
-        monkeypatch.setattr(matrices, "available", lambda: False)
-        assert not matrices.pays(x, conv.weight, conv.bias)
+        assert not amx.pays(x, frozen, conv.bias)
+        assert not amx.pays(x[0], conv.weight, conv.bias)
+        assert not amx.pays(x[:, :20], torch.randn(16, 20, 1, 1, requires_grad=True), conv.bias)
+        monkeypatch.setattr(amx, "available", lambda: False)
+        assert not amx.pays(x, conv.weight, conv.bias)
         assert conv(x).dtype == torch.bfloat16
 
 

@@ -1,7 +1,7 @@
 """Convolutions in training on a CPU that multiplies matrices of bf16 (AMX).
 
 PyTorch's convolutions are fast there, forward and for the gradient by the picture. For the gradient by the filters they
-take two to seven times as long; under bf16 autocast that is the loops' in C (`matrices.c`), summed in float32 and left
+take two to seven times as long; under bf16 autocast that is the loops' in C (`amx.c`), summed in float32 and left
 in it, with the gradient by the bias.
 """
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from limner import native
 
-SOURCE = Path(__file__).with_name("matrices.c")
+SOURCE = Path(__file__).with_name("amx.c")
 WIDTH = 16
 """Channels that the loops take at once; others are left to PyTorch."""
 MOST_SUMS = native.LARGEST // 4
@@ -92,17 +92,13 @@ def _by_filters(x: Tensor, grad: Tensor, side: int) -> tuple[Tensor, Tensor]:
     (pictures, channels, height, width), outs = x.shape, grad.shape[1]
     by = x.new_empty(outs, side, side, channels, dtype=torch.float32)
     by_bias = by.new_empty(outs)
-    shape = _Shape(pictures, height, width, channels)
+    shape = native.Shape(pictures, height, width, channels)
     native.call(_loops(), "limner_filter_gradient", x, grad, by, by_bias, shape, outs, side)
     return by.permute(0, 3, 1, 2), by_bias
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_long) for name in ("pictures", "height", "width", "channels")]
 
 
 @lru_cache
 def _loops() -> ctypes.CDLL | None:
     place, number = ctypes.c_void_p, ctypes.c_long
-    functions = {"limner_matrices": [], "limner_filter_gradient": [*[place] * 4, _Shape, number, number]}
+    functions = {"limner_matrices": [], "limner_filter_gradient": [*[place] * 4, native.Shape, number, number]}
     return native.compiled(SOURCE, functions, torch.bfloat16)

@@ -26,11 +26,9 @@ from odd ones on. All matrices are SIDE x SIDE `pair`s or floats, one after anot
 #define STEP (2 * SIDE) /* that a product of two matrices sums over */
 
 typedef unsigned int pair;
-typedef struct { long pictures, height, width, channels; } Shape;
 typedef struct { long across, down, pixels; } Tape; /* of one picture; of all */
 typedef struct { unsigned char palette, start, none[14]; unsigned short bytes[16]; unsigned char rows[16]; } Config;
 
-static long least(long a, long b) { return a < b ? a : b; }
 static long up(long a, long by) { return (a + by - 1) / by * by; }
 
 /* Whether the system lets this process use its matrices; it wants to be asked. */
